@@ -1,0 +1,63 @@
+"""Replace a directory as a whole or not at all. Owns the names `<dir>.new` and `<dir>.old` beside it.
+
+A rename can't overwrite a full directory, so the swap is two renames: dir -> dir.old, dir.new -> dir. A process killed
+between the two leaves only dir.old, which is whole; readers take it, and the next writer puts it back first.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def find_directory(path: Path) -> Path:
+    """The directory, or its predecessor when a swap was cut in two. The result may not exist: its reader says so."""
+    old = _sibling(path, "old")
+    return old if not path.exists() and old.is_dir() else path
+
+
+@contextmanager
+def replace_directory(path: Path) -> Iterator[Path]:
+    """An empty directory to fill; it takes `path`'s place when the block ends well and vanishes when it does not."""
+    new, old = _sibling(path, "new"), _sibling(path, "old")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() and old.exists():
+        os.rename(old, path)
+    shutil.rmtree(old, ignore_errors=True)
+    if new.exists():  # a writer was killed half-way
+        shutil.rmtree(new)
+    new.mkdir()
+    try:
+        yield new
+        _sync(new)
+    except BaseException:  # a Ctrl-C must not leave half a directory either
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if path.exists():
+        os.rename(path, old)
+    os.rename(new, path)
+    _sync_one(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sibling(path: Path, ending: str) -> Path:
+    return path.with_name(f"{path.name}.{ending}")
+
+
+def _sync(directory: Path) -> None:
+    """To the disk, not only to the page cache: a rename that survives a power cut must not point at empty files."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            _sync_one(Path(folder) / name)
+        _sync_one(Path(folder))
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,117 @@
+"""The command line: `run` for the whole way, one subcommand a stage, and chat, eval and report.
+
+An error that a user can cause ends in one line on stderr and exit status 1; Ctrl-C ends with the command that goes on.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from abyssal.checkpoint.atomic import find_directory
+from abyssal.evals.page import write_report
+from abyssal.stages.recipe import Recipe, read_recipe
+from abyssal.stages.results import print_results
+from abyssal.stages.way import CHECKPOINTS, STAGES, open_run, walk
+from abyssal.talk import talk
+from abyssal.types import SamplingParams
+
+USAGE = f"""\
+abyssal: from raw text to a reasoning model
+
+  abyssal run RECIPE.toml [--section.key value ...]   walk every stage; stop and start again at will
+  abyssal STAGE RECIPE.toml [--section.key value ...] one stage: {" ".join(STAGES)}
+  abyssal chat DIR [--prompt TEXT ...]                talk to a checkpoint, e.g. out/laptop/r1
+  abyssal report RUN_DIR                              write RUN_DIR/report.html again
+
+Add --help to any of them. runs/ holds recipes; every field of a recipe can be overridden on the command line.
+"""
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    directory: Annotated[Path, tyro.conf.Positional]  # a checkpoint, or a run and its name: out/laptop/r1
+    prompt: str | None = None  # answer this and end
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_tokens: int = 256
+    seed: int = 0
+    thinking: Literal["auto", "on", "off"] = "auto"  # auto: the model decides
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    try:
+        sys.exit(dispatch(arguments))
+    except KeyboardInterrupt:
+        print(f"\nstopped; go on with: abyssal {shlex.join(arguments)}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+def dispatch(arguments: list[str]) -> int:
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if command == "chat":
+        chat(rest)
+    elif command == "report" and rest and Path(rest[0]).is_dir():
+        print(write_report(Path(rest[0])))
+    elif command == "run":
+        walk_recipe(rest, STAGES, prog="abyssal run")
+    elif command in STAGES:
+        walk_recipe(rest, (command,), prog=f"abyssal {command}")
+    else:
+        raise ValueError(f"unknown command {command!r}; use run, chat, report or a stage: {', '.join(STAGES)}")
+    return 0
+
+
+def walk_recipe(arguments: list[str], stages: tuple[str, ...], *, prog: str) -> None:
+    """RECIPE.toml, then overrides in dotted form."""
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(f"name a recipe: {prog} runs/laptop.toml")
+    recipe = tyro.cli(Recipe, default=read_recipe(arguments[0]), args=arguments[1:], prog=f"{prog} {arguments[0]}")
+    console = Console()
+    run = open_run(recipe, console)
+    walk(run, stages)
+    if stages == STAGES:
+        print_results(run.directory, console)
+
+
+def chat(arguments: list[str]) -> None:
+    options = tyro.cli(ChatOptions, args=arguments, prog="abyssal chat")
+    params = SamplingParams(
+        temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens, seed=options.seed
+    )
+    talk(
+        resolve_checkpoint(options.directory),
+        params=params,
+        thinking=options.thinking,
+        prompt=options.prompt,
+        console=Console(),
+    )
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint directory itself, or out/<run>/<name> with a checkpoint's name: base, zero, dev1 .. r1, student."""
+    if (find_directory(path) / "config.json").is_file():
+        return path
+    stage = next((stage for stage, name in CHECKPOINTS.items() if name == path.name), None)
+    for candidate in (path / "checkpoint", path.parent / (stage or path.name) / "checkpoint"):
+        if find_directory(candidate).is_dir():
+            return candidate
+    known = ", ".join(CHECKPOINTS.values())
+    raise FileNotFoundError(f"{path} is no checkpoint: name a Hugging Face directory, or out/<run>/ and one of {known}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""The engine: prompts in, tokens with log-probs out. (continuous batching, paged cache)
+
+A step is schedule, run, draw: `scheduler.py` says who runs, `runner.py` computes, `sampler.py` draws. What a request
+returns does not depend on its neighbours: its noise is keyed by its seed and positions, and each row is computed as
+if alone (to the last bit on a CPU in FP32 and BF16 where `runner.py` says so, to rounding elsewhere and after a
+preemption).
+Letters: B rows of a step, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abyssal.engine.blocks import BlockPool, blocks_for
+from abyssal.engine.runner import Runner
+from abyssal.engine.sampler import Sampling, derive_seed, sample, sampling
+from abyssal.engine.scheduler import Scheduler
+from abyssal.engine.sequence import Rows, Sequence
+from abyssal.model.config import ModelConfig
+from abyssal.model.transformer import Transformer
+from abyssal.types import Completion, FinishReason, SamplingParams
+
+DEFAULT_CACHE_BYTES = 2 << 30  # what the cache may take when nobody says how many blocks it has
+PREFILL_TOKENS = 8192  # padded prompt tokens of one step, so that a burst of prompts fits in memory
+
+
+class Finished(NamedTuple):
+    request_id: int
+    completion: Completion
+
+
+class Engine:
+    """`n_blocks` None: enough for max_batch sequences of full length, or what DEFAULT_CACHE_BYTES hold if that is less.
+
+    Answers end at any of `eos_ids`. In FP32 the engine computes with the model's own weights; after changing them call
+    `load_weights`, in any dtype.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        eos_ids: Iterable[int],
+        n_blocks: int | None = None,
+        block_size: int = 16,
+        max_batch: int = 256,
+        record_experts: bool = True,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ) -> None:
+        config = model.config
+        for name, value in (("block_size", block_size), ("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        self.max_length = config.max_position_embeddings
+        max_blocks = blocks_for(self.max_length, block_size)
+        if n_blocks is None:
+            n_blocks = _default_blocks(
+                config, model.dtype, block_size=block_size, wanted=max_batch * max_blocks, at_least=max_blocks
+            )
+        self._is_eos_V = np.zeros(config.vocab_size, dtype=bool)
+        for eos_id in eos_ids:
+            _check_ids([eos_id], config.vocab_size, what="eos_ids")
+            self._is_eos_V[eos_id] = True
+        self._runner = Runner(model, n_blocks=n_blocks, block_size=block_size, record_experts=record_experts)
+        self._rows = Rows(n_rows=max_batch, max_length=self.max_length, max_blocks=max_blocks)
+        self._scheduler = Scheduler(
+            pool=BlockPool(n_blocks), rows=self._rows, block_size=block_size, prefill_tokens=prefill_tokens
+        )
+        self._sequences: dict[int, Sequence] = {}
+        self._unclaimed: list[Finished] = []  # finished while `generate` was stepping for others
+        self._next_id = 0
+        self._how: tuple[int, Sampling] | None = None
+
+    @property
+    def n_free_blocks(self) -> int:
+        return self._scheduler.pool.n_free
+
+    @property
+    def n_unfinished(self) -> int:
+        return len(self._sequences)
+
+    def add(self, prompt_ids: Seq[int], params: SamplingParams) -> int:
+        """Queue a request; its answer comes out of a later `step`. An answer is cut where the context ends."""
+        scheduler, ids = self._scheduler, [int(i) for i in prompt_ids]
+        if not ids:
+            raise ValueError("the prompt is empty; begin with the begin-of-sentence token")
+        if len(ids) >= self.max_length:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and leaves no room for an answer in a context of "
+                f"{self.max_length}; shorten it to at most {self.max_length - 1}"
+            )
+        _check_ids(ids, self._runner.config.vocab_size, what="the prompt")
+        limit = min(len(ids) + params.max_tokens, self.max_length)
+        need = blocks_for(limit - 1, scheduler.block_size)  # the last token drawn is never computed
+        if need > scheduler.pool.n_usable:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens and max_tokens={params.max_tokens} need {need} cache "
+                f"blocks of {scheduler.block_size}; there are {scheduler.pool.n_usable}; lower "
+                f"max_tokens or give the engine n_blocks={need + 1} or more"
+            )
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        sequence = Sequence(request_id, ids, params, limit)
+        self._sequences[request_id] = sequence
+        scheduler.add(sequence)
+        return request_id
+
+    @torch.inference_mode()
+    def step(self) -> list[Finished]:
+        """Admit who fits, then draw one token for every running sequence; returns those that ended."""
+        finished, self._unclaimed = self._unclaimed, []
+        admission = self._scheduler.admit()
+        if admission.prefills:
+            logits_BV = self._runner.prefill(
+                [prefix.ids for prefix, _ in admission.prefills], [blocks for _, blocks in admission.prefills]
+            )
+            for (prefix, _), logits_V in zip(admission.prefills, logits_BV, strict=True):
+                prefix.logits_V = logits_V
+        if admission.copy_from:
+            self._runner.copy_blocks(admission.copy_from, admission.copy_to)
+        if admission.placed:
+            logits_BV = torch.stack([_logits(prefix.logits_V) for _, prefix in admission.placed])
+            finished += self._draw(self._rows.active[-len(admission.placed) :], logits_BV)
+        rows_B = self._scheduler.grow()
+        if len(rows_B):
+            finished += self._draw(rows_B, self._decode(rows_B))
+        return finished
+
+    def _decode(self, rows_B: np.ndarray) -> Tensor:
+        rows = self._rows
+        positions_B = rows.length_R[rows_B] - 1
+        n_columns = int(rows.n_blocks_R[rows_B].max())
+        return self._runner.decode(rows.ids_RT[rows_B, positions_B], positions_B, rows.blocks_RN[rows_B, :n_columns])
+
+    def _draw(self, rows_B: np.ndarray, logits_BV: Tensor) -> list[Finished]:
+        """Append one token to each of these rows."""
+        rows, device = self._rows, logits_BV.device
+        positions_B = rows.length_R[rows_B]
+        drawn = sample(logits_BV, torch.from_numpy(positions_B).to(device), self._sampling(rows_B, device))
+        ids_B, logps_B = drawn.ids_B.cpu().numpy(), drawn.logps_B.cpu().numpy()
+        if not np.isfinite(logps_B).all():
+            self._give_up()
+            raise FloatingPointError("the model's logits are not finite; all requests were dropped; load other weights")
+        rows.ids_RT[rows_B, positions_B] = ids_B
+        rows.logps_RT[rows_B, positions_B] = logps_B
+        rows.length_R[rows_B] = positions_B + 1
+        is_eos_B = self._is_eos_V[ids_B]
+        is_done_B = is_eos_B | (positions_B + 1 >= rows.limit_R[rows_B])
+        return [
+            self._finish(rows.sequence_in(int(row)), "stop" if is_eos else "length")
+            for row, is_eos in zip(rows_B[is_done_B], is_eos_B[is_done_B], strict=True)
+        ]
+
+    def _sampling(self, rows_B: np.ndarray, device: torch.device) -> Sampling:
+        """How these rows draw. Kept while the whole batch runs on unchanged."""
+        rows, version = self._rows, self._scheduler.version
+        if self._how is not None and self._how[0] == version and len(rows_B) == len(self._how[1].key_B):
+            return self._how[1]
+        columns: dict[str, np.ndarray] = {
+            "key_B": rows.key_R,
+            "temperature_B": rows.temperature_R,
+            "top_p_B": rows.top_p_R,
+            "top_k_B": rows.top_k_R,
+            "min_p_B": rows.min_p_R,
+        }
+        how = sampling(**{name: torch.from_numpy(column[rows_B]) for name, column in columns.items()}, device=device)
+        if len(rows_B) == len(rows.active):
+            self._how = version, how
+        return how
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> Finished:
+        experts = None
+        if sequence.row is not None:
+            n_computed = int(self._rows.length_R[sequence.row]) - 1
+            experts = self._runner.experts_at(self._rows.blocks_of(sequence.row), n_computed)
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.request_id]
+        return Finished(
+            sequence.request_id,
+            Completion(
+                prompt_ids=sequence.prompt_ids,
+                ids=sequence.ids.tolist(),
+                logps=sequence.logps.tolist(),
+                finish_reason=reason,
+                experts=experts,
+            ),
+        )
+
+    def abort(self, request_id: int) -> Completion | None:
+        """Stop a request and free its blocks; returns what it had drawn, or None when it had already ended."""
+        sequence = self._sequences.get(request_id)
+        return None if sequence is None else self._finish(sequence, "aborted").completion
+
+    def generate(self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]) -> list[Completion]:
+        """Answers in the order of the prompts; equal prompts are computed once.
+
+        One `params` for all: request i draws with a seed derived from (params.seed, i), so repeated prompts get
+        different answers. A list of params, one a prompt, is taken as it is.
+        """
+        if isinstance(params, SamplingParams):
+            params = [replace(params, seed=derive_seed(params.seed, i)) for i in range(len(prompts))]
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling params; give one, or one a prompt")
+        order: list[int] = []
+        done: dict[int, Completion] = {}
+        others: list[Finished] = []
+        try:
+            for prompt, own in zip(prompts, params, strict=True):
+                order.append(self.add(prompt, own))
+            pending = set(order)
+            while pending:
+                for finished in self.step():
+                    if finished.request_id in pending:
+                        pending.remove(finished.request_id)
+                        done[finished.request_id] = finished.completion
+                    else:
+                        others.append(finished)
+        finally:  # an error or Ctrl-C leaves nothing behind, and loses nobody else's answer
+            self._unclaimed += others
+            for request_id in order:
+                self.abort(request_id)
+        return [done[request_id] for request_id in order]
+
+    def load_weights(self, model: Transformer) -> None:
+        """Go on with new weights: running requests keep what they have drawn and are recomputed."""
+        self._runner.load_weights(model)
+        self._scheduler.preempt_all()
+
+    def _give_up(self) -> None:
+        for request_id in list(self._sequences):
+            self.abort(request_id)
+        self._runner.clear()
+
+
+def _logits(logits_V: Tensor | None) -> Tensor:
+    assert logits_V is not None, "a placed sequence's prefix has been computed"
+    return logits_V
+
+
+def _check_ids(ids: list[int], n_vocab: int, *, what: str) -> None:
+    for i in (min(ids), max(ids)):
+        if not 0 <= i < n_vocab:
+            raise ValueError(
+                f"{what} contains the id {i}, outside the vocabulary of {n_vocab}; is this the model's tokenizer?"
+            )
+
+
+def _default_blocks(config: ModelConfig, dtype: torch.dtype, *, block_size: int, wanted: int, at_least: int) -> int:
+    n_layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    block_bytes = block_size * config.cache_width * dtype.itemsize * n_layers
+    return max(min(wanted, DEFAULT_CACHE_BYTES // block_bytes), at_least) + 1  # block 0 is reserved

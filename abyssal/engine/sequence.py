@@ -1,0 +1,111 @@
+"""A request on its way, and the running ones side by side as arrays. Owns ids and log-probs until they are handed out.
+
+A `Sequence` waits, runs in one row of `Rows`, perhaps waits again (preempted), and leaves. A `Prefix` is what the
+cache must hold before a waiting sequence can draw: its prompt, or after a preemption its prompt and what it had
+drawn.
+Letters: R rows, T ids of a sequence, N blocks of a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from abyssal.engine.sampler import noise_key
+from abyssal.types import SamplingParams
+
+
+@dataclass(eq=False)
+class Prefix:
+    """Ids computed once for all waiting sequences that begin with them (G answers to one prompt).
+
+    `blocks` and `logits_V` (of the last position) are None while it is not in the cache. `key` finds it again for a
+    later request; None when it belongs to one preempted sequence.
+    """
+
+    ids: np.ndarray
+    key: bytes | None = None
+    n_waiting: int = 0
+    blocks: np.ndarray | None = None
+    logits_V: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """`limit` is the number of ids, prompt included, at which it is cut. `prefix` is None while it runs."""
+
+    request_id: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    limit: int
+    prefix: Prefix | None = None
+    row: int | None = None
+    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # drawn before the last preemption
+    logps: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+
+
+class Rows:
+    """The running batch. A step reads and writes these arrays for all rows at once and touches no `Sequence`.
+
+    `length_R` counts ids, of which the last is drawn but not yet computed. `active` holds the rows in use, oldest
+    first.
+    """
+
+    def __init__(self, *, n_rows: int, max_length: int, max_blocks: int) -> None:
+        self.ids_RT = np.zeros((n_rows, max_length), np.int64)
+        self.logps_RT = np.zeros((n_rows, max_length), np.float32)
+        self.blocks_RN = np.zeros((n_rows, max_blocks), np.int64)
+        self.n_blocks_R = np.zeros(n_rows, np.int64)
+        self.length_R = np.zeros(n_rows, np.int64)
+        self.limit_R = np.zeros(n_rows, np.int64)
+        self.key_R = np.zeros(n_rows, np.int64)
+        self.temperature_R = np.ones(n_rows, np.float32)
+        self.top_p_R = np.ones(n_rows, np.float64)
+        self.top_k_R = np.zeros(n_rows, np.int64)
+        self.min_p_R = np.zeros(n_rows, np.float32)
+        self.sequences: list[Sequence | None] = [None] * n_rows
+        self.active = np.empty(0, np.int64)
+        self._free = list(range(n_rows - 1, -1, -1))
+
+    @property
+    def n_free(self) -> int:
+        return len(self._free)
+
+    def place(self, sequence: Sequence, blocks: np.ndarray) -> None:
+        """Give a sequence a row and the blocks of everything it has so far."""
+        row = sequence.row = self._free.pop()
+        n_prompt, n_drawn = len(sequence.prompt_ids), len(sequence.ids)
+        length, params = n_prompt + n_drawn, sequence.params
+        self.ids_RT[row, :n_prompt] = sequence.prompt_ids
+        self.ids_RT[row, n_prompt:length] = sequence.ids
+        self.logps_RT[row, n_prompt:length] = sequence.logps
+        self.blocks_RN[row, : len(blocks)] = blocks
+        self.n_blocks_R[row], self.length_R[row], self.limit_R[row] = len(blocks), length, sequence.limit
+        self.key_R[row] = noise_key(params.seed)
+        self.temperature_R[row], self.top_p_R[row] = params.temperature, params.top_p
+        self.top_k_R[row], self.min_p_R[row] = params.top_k, params.min_p
+        self.sequences[row] = sequence
+        self.active = np.append(self.active, row)
+
+    def clear(self, sequence: Sequence) -> np.ndarray:
+        """Take a sequence out of its row, with what it has drawn; returns the blocks it held."""
+        row = sequence.row
+        assert row is not None, f"request {sequence.request_id} is not running"
+        drawn = slice(len(sequence.prompt_ids), int(self.length_R[row]))
+        sequence.ids, sequence.logps = self.ids_RT[row, drawn].copy(), self.logps_RT[row, drawn].copy()
+        blocks = self.blocks_of(row)
+        self.blocks_RN[row] = 0
+        self.sequences[row] = sequence.row = None
+        self.active = self.active[self.active != row]
+        self._free.append(row)
+        return blocks
+
+    def blocks_of(self, row: int) -> np.ndarray:
+        return self.blocks_RN[row, : self.n_blocks_R[row]].copy()
+
+    def sequence_in(self, row: int) -> Sequence:
+        sequence = self.sequences[row]
+        assert sequence is not None, f"row {row} is empty"
+        return sequence

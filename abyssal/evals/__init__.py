@@ -1,0 +1,1 @@
+"""How good a checkpoint is: sampling held-out tasks, the statistics, and the page that shows them."""

@@ -1,0 +1,1 @@
+"""Tensors -> tensors. A plain torch twin stands beside each fast form."""

@@ -1,0 +1,94 @@
+"""A checkpoint to talk to from Python: `lm = abyssal.load(DIR)`. Owns a model, its tokenizer and an engine; no training.
+
+Letters: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from abyssal.checkpoint.save import load_checkpoint
+from abyssal.engine.engine import Engine
+from abyssal.model.transformer import Transformer
+from abyssal.tokens.chat import ThinkingMode, parse, render
+from abyssal.tokens.tokenizer import Tokenizer
+from abyssal.types import Conversation, FinishReason, Message, SamplingParams
+
+
+class Generated(NamedTuple):
+    """`logps` are under the model's own distribution, one per id; `text` has no control tokens' marks at its end."""
+
+    text: str
+    ids: list[int]
+    logps: list[float]
+    finish_reason: FinishReason
+
+
+class LM:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, max_batch: int = 64) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.engine = Engine(model, eos_ids=[tokenizer.eos_id], max_batch=max_batch, record_experts=False)
+
+    @torch.inference_mode()
+    def logits(self, ids_BT: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """(B, T) ids -> (B, T, V) FP32: what comes after each place."""
+        device = self.model.embed_tokens.weight.device
+        ids = torch.as_tensor(ids_BT, dtype=torch.int64, device=device)
+        if ids.ndim != 2:
+            raise ValueError(f"ids of shape {tuple(ids.shape)}: give rows of ids, (B, T)")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.model.config.vocab_size:
+            raise ValueError(
+                f"ids must lie in 0..{self.model.config.vocab_size - 1}, not {int(ids.min())}..{int(ids.max())}"
+            )
+        return self.model.logits(self.model.hidden(ids))
+
+    def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Generated]:
+        """Continue plain text, without the chat template; text that spells a control token stays text."""
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in texts]
+        return [
+            Generated(self._text(c.ids), c.ids, c.logps, c.finish_reason)
+            for c in self.engine.generate(ids, params or SamplingParams())
+        ]
+
+    def chat(
+        self, messages: Conversation, params: SamplingParams | None = None, *, thinking: ThinkingMode = "auto"
+    ) -> Message:
+        """The assistant's next message, with `thinking` and `content` apart."""
+        prompt = render(messages, self.tokenizer, add_generation_prompt=True, thinking=thinking).ids
+        room = self.model.config.max_position_embeddings - len(prompt)
+        params = params or SamplingParams(temperature=0.6, top_p=0.95, max_tokens=max(1, room))
+        (completion,) = self.engine.generate([prompt], [replace(params)])
+        return parse(completion.ids, self.tokenizer, thinking_open=thinking == "on")
+
+    def stream(self, prompt_ids: list[int], params: SamplingParams) -> Iterator[int]:
+        """The ids of one answer as they are drawn; leaving the loop early frees what it held."""
+        request = self.engine.add(prompt_ids, params)
+        n_seen = 0
+        try:
+            while True:
+                finished = [f.completion for f in self.engine.step() if f.request_id == request]
+                drawn = finished[0].ids if finished else self.engine.drawn(request)
+                yield from drawn[n_seen:]
+                n_seen = len(drawn)
+                if finished:
+                    return
+        finally:
+            self.engine.abort(request)
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special=True)
+
+
+def load(directory: str | Path, *, dtype: str = "float32", device: str = "auto") -> LM:
+    """The model in a Hugging Face directory, ready to generate. Opens weights, config and tokenizer, nothing else."""
+    loaded = load_checkpoint(directory, dtype=dtype, device=device)
+    if loaded.tokenizer is None:
+        raise FileNotFoundError(f"{directory} has no tokenizer.json: copy the model's tokenizer files into it")
+    return LM(loaded.model, loaded.tokenizer)

@@ -1,0 +1,73 @@
+"""Group relative policy optimisation: advantages within a group and the clipped objective. (DeepSeekMath section 4.1)
+
+Options stand beside the paper's form: Dr. GRPO's missing standard deviation, DAPO's token mean and asymmetric clip.
+Letters: P problems, G answers per problem, N answer tokens of all rows, A answers.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from abyssal.loss.kl import k3_kl
+
+
+class GrpoLoss(NamedTuple):
+    loss: Tensor
+    clip_share: Tensor
+    kl: Tensor
+
+
+def group_advantages(
+    rewards_PG: Tensor, *, valid_PG: Tensor | None = None, divide_by_std: bool = True, eps: float = 1e-6
+) -> Tensor:
+    """Each answer against the mean (and spread) of its own group.
+
+    Answers that no verifier could decide (`valid_PG` False) count neither in the mean nor in the spread, and get 0.
+    """
+    valid_PG = torch.ones_like(rewards_PG) if valid_PG is None else valid_PG.to(rewards_PG.dtype)
+    count_P1 = valid_PG.sum(1, keepdim=True).clamp(min=1)
+    rewards_PG = torch.where(valid_PG > 0, rewards_PG, 0.0)
+    centred_PG = (rewards_PG - rewards_PG.sum(1, keepdim=True) / count_P1) * valid_PG
+    if not divide_by_std:
+        return centred_PG
+    std_P1 = (centred_PG.square().sum(1, keepdim=True) / count_P1).sqrt()
+    return centred_PG / (std_P1 + eps)
+
+
+def grpo_loss(
+    logp_N: Tensor,
+    *,
+    old_logp_N: Tensor,
+    ref_logp_N: Tensor | None,
+    advantages_N: Tensor,
+    answer_N: Tensor,
+    n_answers: int,
+    n_all_answers: int,
+    n_tokens: int,
+    clip_low: float,
+    clip_high: float,
+    kl_weight: float,
+    mean: Literal["answer", "token"],
+) -> GrpoLoss:
+    """Minus the clipped objective, plus kl_weight times k3.
+
+    `answer_N` says to which of `n_all_answers` answers a token belongs; all tokens of an answer are here. The means are
+    over the minibatch's `n_answers` answers and `n_tokens` tokens, of which these may be a part, so that losses of parts
+    add up. mean "answer": average each answer's tokens, then the answers (DeepSeekMath); "token": all tokens alike
+    (DAPO), which does not favour short wrong answers. The ratio is clipped to [1 - clip_low, 1 + clip_high].
+    """
+    ratio_N = (logp_N - old_logp_N).exp()
+    clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
+    objective_N = torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
+    kl_N = torch.zeros_like(logp_N) if ref_logp_N is None else k3_kl(logp_N, ref_logp_N)
+    token_loss_N = kl_weight * kl_N - objective_N
+    if mean == "token":
+        loss = token_loss_N.sum() / n_tokens
+    else:
+        lengths_A = torch.bincount(answer_N, minlength=n_all_answers)
+        loss = (token_loss_N / lengths_A[answer_N]).sum() / n_answers
+    clipped = (clipped_N * advantages_N < ratio_N * advantages_N).float().mean()
+    return GrpoLoss(loss, clipped.detach(), kl_N.detach().mean())

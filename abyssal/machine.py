@@ -1,0 +1,37 @@
+"""Which device and how many threads a process uses. Owns no tensors; the one place where a device name is looked up."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def resolve_device(name: str | torch.device) -> torch.device:
+    """ "auto" is the GPU when there is one, else the CPU; "cpu", "cuda" and "cuda:1" are taken at their word."""
+    text = str(name)
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ValueError(f"device={text!r} is unknown; use 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise ValueError(f"device={text!r} is not supported; use 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= n_gpus:
+        raise ValueError(f"device={text!r} is not there: torch sees {n_gpus} CUDA devices; use 'cpu' or 'auto'")
+    return device
+
+
+def set_threads(n_threads: int | None = None) -> int:
+    """Let torch use `n_threads` CPU threads, or every core this process may run on. Returns the number."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if n_threads is None:
+        n_threads = n_cores
+    if n_threads < 1:
+        raise ValueError(f"threads={n_threads} leaves nothing to compute with; use 1 to {n_cores}")
+    torch.set_num_threads(n_threads)
+    return n_threads

@@ -1,0 +1,71 @@
+"""What every attention layer is told about its batch, and the masked softmax they share. Owns no weights.
+
+Letters: B batch, T query tokens, S key tokens, H heads, R rotary width, Q query/key head width, V value head width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from abyssal.model.cache import CacheView
+
+SHORT = 512 * 512  # query-key pairs up to which plain matmuls beat torch's fused CPU kernel, its backward above all
+
+
+class AttentionContext(NamedTuple):
+    """Made once a forward pass, read by all layers. `mask_BTS` is True where a query may look; None means plain causal."""
+
+    cos: Tensor
+    sin: Tensor
+    mask_BTS: Tensor | None
+    cache: CacheView | None
+
+
+def segment_mask(segments_BT: Tensor) -> Tensor:
+    """Causal, and only within one's own packed example. (B, T, T) bool; padding (segment 0) sees padding, never NaN."""
+    same = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return same.tril()
+
+
+def cached_mask(positions_BT: Tensor, n_keys: int) -> Tensor:
+    """Key position s is visible to a query at position p when s <= p. (B, T, S) bool"""
+    return torch.arange(n_keys, device=positions_BT.device) <= positions_BT[..., None]
+
+
+def attend(q_BTHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, mask_BTS: Tensor | None, *, scale: float) -> Tensor:
+    """Softmax attention, (B, T, H, V), in whichever form is faster for the shape and the machine."""
+    short = q_BTHQ.shape[1] * k_BSHQ.shape[1] <= SHORT
+    if short and not q_BTHQ.is_cuda:
+        return attend_ref(q_BTHQ, k_BSHQ, v_BSHV, mask_BTS, scale=scale)
+    # values are padded to the key width: torch's fused kernels want equal widths
+    value_width = v_BSHV.shape[-1]
+    missing = q_BTHQ.shape[-1] - value_width
+    v_BSHV = F.pad(v_BSHV, (0, missing)) if missing > 0 else v_BSHV
+    mask = None if mask_BTS is None else mask_BTS[:, None]
+    out_BHTV = F.scaled_dot_product_attention(
+        q_BTHQ.transpose(1, 2),
+        k_BSHQ.transpose(1, 2),
+        v_BSHV.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q_BTHQ.shape[2] != k_BSHQ.shape[2],
+    )
+    return out_BHTV.transpose(1, 2)[..., :value_width]
+
+
+def attend_ref(q_BTHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, mask_BTS: Tensor | None, *, scale: float) -> Tensor:
+    """The same, every score written out; softmax in FP32."""
+    groups = q_BTHQ.shape[2] // k_BSHQ.shape[2]
+    if groups > 1:
+        k_BSHQ, v_BSHV = k_BSHQ.repeat_interleave(groups, dim=2), v_BSHV.repeat_interleave(groups, dim=2)
+    q_BHTQ, k_BHSQ, v_BHSV = (x.transpose(1, 2) for x in (q_BTHQ * scale, k_BSHQ, v_BSHV))
+    scores_BHTS = (q_BHTQ @ k_BHSQ.transpose(2, 3)).float()
+    if mask_BTS is None:
+        mask_BTS = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=scores_BHTS.device).tril()[None]
+    scores_BHTS = scores_BHTS + torch.where(mask_BTS[:, None], 0.0, float("-inf"))
+    return (scores_BHTS.softmax(-1).to(v_BHSV.dtype) @ v_BHSV).transpose(1, 2)

@@ -1,0 +1,36 @@
+"""Grouped-query attention with Llama's and Qwen2's conventions: rotate-half RoPE, optional q/k/v biases.
+
+Letters: B batch, T query tokens, S key tokens, D width, H heads, G key-value heads, Q head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.model.attention import AttentionContext, attend
+from abyssal.model.config import ModelConfig
+from abyssal.model.linear import Linear
+from abyssal.model.rope import rotate
+
+
+class GQA(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        width = config.head_dim
+        self.q_proj = Linear(config.hidden_size, config.num_attention_heads * width, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * width, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * width, bias=config.qkv_bias)
+        self.o_proj = Linear(config.num_attention_heads * width, config.hidden_size)
+
+    def forward(self, x_BTD: Tensor, context: AttentionContext) -> Tensor:
+        heads = (-1, self.config.head_dim)
+        q_BTHQ = rotate(self.q_proj(x_BTD).unflatten(-1, heads), context.cos, context.sin, interleaved=False)
+        k_BSGQ = rotate(self.k_proj(x_BTD).unflatten(-1, heads), context.cos, context.sin, interleaved=False)
+        v_BSGQ = self.v_proj(x_BTD).unflatten(-1, heads)
+        if context.cache is not None:
+            entries = context.cache.update(self.layer, torch.cat((k_BSGQ, v_BSGQ), dim=2).flatten(2))
+            k_BSGQ, v_BSGQ = entries.unflatten(-1, heads).chunk(2, dim=2)
+        out_BTHQ = attend(q_BTHQ, k_BSGQ, v_BSGQ, context.mask_BTS, scale=self.config.softmax_scale)
+        return self.o_proj(out_BTHQ.flatten(2))

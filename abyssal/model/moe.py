@@ -1,0 +1,127 @@
+"""DeepSeekMoE: shared experts that see every token and fine-grained routed ones that are chosen. (V3 section 2.1.2)
+
+Routing is FP32 throughout. The balance bias takes part in choosing and in nothing else; it carries no gradient, lives in
+FP32 (steps of 0.001 would vanish in BF16) and is re-centred after each update.
+Letters: B batch, T tokens, N tokens of the whole batch (B x T), D width, F expert width, E experts, K chosen, G groups.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from abyssal.kernels.grouped import grouped_matmul
+from abyssal.model.config import ModelConfig
+from abyssal.model.linear import Linear
+
+
+class Routing(NamedTuple):
+    """What one MoE layer decided. Losses, balance metrics and the engine's expert record read it."""
+
+    layer: int
+    experts_NK: Tensor
+    weights_NK: Tensor
+    scores_NE: Tensor
+
+
+class DenseFFN(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(dim, width)
+        self.up_proj = Linear(dim, width)
+        self.down_proj = Linear(width, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Gate(nn.Module):
+    """Chooses K experts for each token, among the best groups only."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        if config.topk_method == "noaux_tc":
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+
+    def forward(self, x_ND: Tensor) -> Routing:
+        config = self.config
+        logits_NE = F.linear(x_ND.float(), self.weight.float())
+        scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
+        experts_NK = self.choose(scores_NE.detach())
+        weights_NK = scores_NE.gather(-1, experts_NK)  # unbiased: the bias never scales an output
+        if config.norm_topk_prob:
+            weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
+        return Routing(self.layer, experts_NK, weights_NK * config.routed_scaling_factor, scores_NE)
+
+    def choose(self, scores_NE: Tensor) -> Tensor:
+        """The K experts of each token, (N, K). Dropped groups are -inf, not 0: a biased score can be negative."""
+        config = self.config
+        choice_NE = scores_NE
+        if config.topk_method == "noaux_tc":
+            choice_NE = scores_NE + self.e_score_correction_bias
+        if config.topk_method != "greedy" and config.n_group > 1:
+            choice_NGE = choice_NE.unflatten(-1, (config.n_group, -1))
+            best = 2 if config.topk_method == "noaux_tc" else 1  # V3 sums a group's two best, V2 takes its best
+            group_NG = choice_NGE.topk(min(best, choice_NGE.shape[-1]), dim=-1).values.sum(-1)
+            kept_NG = torch.zeros_like(group_NG, dtype=torch.bool)
+            kept_NG.scatter_(-1, group_NG.topk(config.topk_group, dim=-1).indices, True)
+            choice_NE = choice_NGE.masked_fill(~kept_NG[..., None], float("-inf")).flatten(-2)
+        return choice_NE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+    @torch.no_grad()
+    def update_bias(self, load_E: Tensor, speed: float) -> None:
+        """b += speed * sign(mean load - load), then re-centre. (V3 section 2.1.2; auxiliary-loss-free balancing)"""
+        load_E = load_E.float()
+        self.e_score_correction_bias += speed * (load_E.mean() - load_E).sign()
+        self.e_score_correction_bias -= self.e_score_correction_bias.mean()
+
+
+class Experts(nn.Module):
+    """All routed experts as two stacked weights, run as grouped matmuls over tokens sorted by expert."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        n, dim, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(n, 2 * width, dim))
+        self.down_proj = nn.Parameter(torch.empty(n, dim, width))
+
+    def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        n_tokens, k = routing.experts_NK.shape
+        flat_X = routing.experts_NK.flatten()  # X = N x K assignments
+        order_X = flat_X.argsort(stable=True)
+        ends_E = torch.bincount(flat_X, minlength=self.down_proj.shape[0]).cumsum(0, dtype=torch.int32)
+        x_XD = x_ND.index_select(0, order_X // k)  # index_select: x[idx] has a slow backward on CPU
+        gate, up = grouped_matmul(x_XD, self.gate_up_proj.to(x_ND.dtype), ends_E).chunk(2, dim=-1)
+        y_XD = grouped_matmul((F.silu(gate) * up).contiguous(), self.down_proj.to(x_ND.dtype), ends_E)
+        back_X = torch.empty_like(order_X)
+        back_X[order_X] = torch.arange(len(order_X), device=order_X.device)
+        y_NKD = y_XD.index_select(0, back_X).view(n_tokens, k, -1)
+        return (y_NKD * routing.weights_NK[..., None]).sum(1).to(x_ND.dtype)  # weights are FP32: so is the sum
+
+
+class MoE(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.gate = Gate(config, layer)
+        self.experts = Experts(config)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            self.shared_experts = DenseFFN(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, x_BTD: Tensor, routings: list[Routing] | None) -> Tensor:
+        """`routings`, when given, receives what this layer chose."""
+        x_ND = x_BTD.flatten(0, 1)
+        routing = self.gate(x_ND)
+        if routings is not None:
+            routings.append(routing)
+        out_BTD = self.experts(x_ND, routing).view_as(x_BTD)
+        return out_BTD if self.shared_experts is None else out_BTD + self.shared_experts(x_BTD)

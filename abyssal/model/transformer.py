@@ -1,0 +1,155 @@
+"""The one Transformer: ids -> hidden states -> logits, with MTP modules behind it. Knows no ranks, files or engine.
+
+Module names are the official tensor names without the leading "model.", experts stacked. Weights are FP32 masters; each
+layer casts them to `dtype`, the compute type, where it uses them.
+Letters: B batch, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from abyssal.model.attention import AttentionContext, cached_mask, segment_mask
+from abyssal.model.block import Block
+from abyssal.model.cache import CacheView
+from abyssal.model.config import ModelConfig
+from abyssal.model.linear import Linear, RMSNorm
+from abyssal.model.moe import Experts, Gate, Routing
+from abyssal.model.mtp import MtpModule
+from abyssal.model.rope import rope_amplitude, rope_frequencies, rope_tables
+
+
+class Transformer(nn.Module):
+    rope_frequencies: Tensor
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype={dtype} is not supported for compute; use float32 or bfloat16")
+        self.config, self.dtype = config, dtype
+        n_layers = config.num_hidden_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(n_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.mtp = nn.ModuleList(MtpModule(config, n_layers + k) for k in range(config.num_nextn_predict_layers))
+        self.register_buffer("rope_frequencies", rope_frequencies(config), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> Transformer:
+        """Normal with std `initializer_range` for every matrix, ones for norms, zeros for biases. (V3 section 4.2)"""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.fill_(1.0)
+        return self
+
+    def context(
+        self,
+        ids_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        cache: CacheView | None = None,
+    ) -> AttentionContext:
+        """Rotation tables and mask of a batch. Positions count from 0 in each row unless given."""
+        if positions_BT is None:
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        cos, sin = rope_tables(positions_BT, self.rope_frequencies, rope_amplitude(self.config))
+        mask_BTS = None
+        if cache is not None:
+            mask_BTS = cached_mask(positions_BT, cache.context_BS.shape[1])
+        elif segments_BT is not None:
+            mask_BTS = segment_mask(segments_BT)
+        return AttentionContext(cos, sin, mask_BTS, cache)
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        return F.embedding(ids_BT, self.embed_tokens.weight).to(self.dtype)
+
+    def hidden(
+        self,
+        ids_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        cache: CacheView | None = None,
+        routings: list[Routing] | None = None,
+    ) -> Tensor:
+        """(B, T) -> (B, T, D) after the final norm. `routings` receives one entry per MoE layer."""
+        context = self.context(ids_BT, positions_BT=positions_BT, segments_BT=segments_BT, cache=cache)
+        x_BTD = self.embed(ids_BT)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, context, routings)
+        return self.norm(x_BTD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V) in FP32."""
+        weight = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return F.linear(hidden, weight.to(hidden.dtype)).float()
+
+    def mtp_hidden(
+        self,
+        hidden_BTD: Tensor,
+        ids_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        routings: list[Routing] | None = None,
+    ) -> list[Tensor]:
+        """One (B, T - k, D) per module k = 1..: position i knows tokens up to i + k and predicts token i + k + 1."""
+        outputs = []
+        for k, module in enumerate(self.mtp, start=1):
+            rows = slice(0, ids_BT.shape[1] - k)
+            context = self.context(
+                ids_BT[:, rows],
+                positions_BT=None if positions_BT is None else positions_BT[:, rows],
+                segments_BT=None if segments_BT is None else segments_BT[:, rows],
+            )
+            hidden_BTD = module(hidden_BTD[:, rows], self.embed(ids_BT[:, k:]), context, routings)
+            outputs.append(hidden_BTD)
+        return outputs
+
+    def gates(self) -> list[Gate]:
+        """Every router with a balance bias, main layers first, then MTP modules."""
+        return [m for m in self.modules() if isinstance(m, Gate) and m.config.topk_method == "noaux_tc"]
+
+    @torch.no_grad()
+    def inference_copy(self) -> Transformer:
+        """The same model with its weights cast once, as training casts them at each use; itself when nothing needs a cast.
+
+        Router and norms stay FP32, so the numbers are those of training.
+        """
+        if self.dtype == torch.float32:
+            return self
+        model = copy.deepcopy(self).requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, (Linear, Experts, nn.Embedding)):
+                module.to(self.dtype)
+        return model
+
+
+def count_parameters(model: Transformer) -> tuple[int, int]:
+    """(all, active): weights of the main model, MTP left out; active counts K of E experts and no embedding table."""
+    config = model.config
+    main = [(name, p) for name, p in model.named_parameters() if not name.startswith("mtp.")]
+    total = sum(p.numel() for _, p in main)
+    idle = 0
+    if config.feed_forward == "moe":
+        routed = sum(p.numel() for name, p in main if ".experts." in name)
+        idle = routed - routed * config.num_experts_per_tok // config.n_routed_experts
+    embedding = 0 if config.tie_word_embeddings else model.embed_tokens.weight.numel()
+    return total, total - idle - embedding
+
+
+def default_init_range(hidden_size: int) -> float:
+    """0.006 at V3's width of 7168, and the same fraction of 1/sqrt(width) elsewhere."""
+    return 0.006 * math.sqrt(7168 / hidden_size)

@@ -1,0 +1,1 @@
+"""The story: each file is a stage that reads from top to bottom."""

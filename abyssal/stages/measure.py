@@ -1,0 +1,116 @@
+"""Stage `eval`: every checkpoint on the same held-out problems, and on a family no stage ever trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from abyssal.data.problems import NEVER_TRAINED, ProblemSource, problem_at
+from abyssal.evals.passk import bootstrap_difference
+from abyssal.evals.tasks import EvalConfig, Result, evaluate
+from abyssal.model.transformer import Transformer
+from abyssal.record import Recorder, plain
+from abyssal.reward.verifiers import Verifiers
+from abyssal.stages.rl import ProblemStream
+from abyssal.tokens.tokenizer import Tokenizer
+from abyssal.types import Problem
+
+
+def measure(
+    stage_dir: Path,
+    *,
+    config: EvalConfig,
+    source: ProblemSource,
+    stream: ProblemStream,
+    load: Callable[[str], Transformer],
+    names: list[str],
+    tokenizer: Tokenizer,
+    verifiers: Verifiers,
+    seed: int,
+    recorder: Recorder,
+) -> dict[str, Any]:
+    """Leaves results.json and traces.json; a checkpoint that is already in results.json is not measured again."""
+    problems = [stream.at(1_000_000 + i, "held_out") for i in range(config.problems)]  # not those that RL looks at
+    strangers = [] if stream.own else never_trained(source, config, seed)
+    partial_path, traces_path = stage_dir / "results.json", stage_dir / "traces.json"
+    results: dict[str, Any] = json.loads(partial_path.read_text()) if partial_path.is_file() else {"checkpoints": {}}
+    traces: list[dict[str, Any]] = (
+        json.loads(traces_path.read_text()) if traces_path.is_file() else blank_traces(problems, config)
+    )
+    for k, name in enumerate(names):
+        if name not in results["checkpoints"]:
+            model = load(name)
+            result = evaluate(model, tokenizer, problems, config=config, verifiers=verifiers, seed=seed)
+            families = dict(result.family)
+            if strangers:
+                unseen = evaluate(model, tokenizer, strangers, config=config, verifiers=verifiers, seed=seed)
+                families |= {family: row | {"held_out": True} for family, row in unseen.family.items()}
+            results["checkpoints"][name] = {
+                "overall": result.overall,
+                "family": families,
+                "per_problem": result.per_problem,
+            }
+            add_traces(traces, name, result)
+            add_gains(results["checkpoints"])
+            write_json(traces_path, traces)
+            write_json(partial_path, results)
+        recorder.step(
+            k, len(names), {"checkpoint": name, "accuracy": results["checkpoints"][name]["overall"]["accuracy"]}
+        )
+    return results
+
+
+def never_trained(source: ProblemSource, config: EvalConfig, seed: int) -> list[Problem]:
+    families = {family: 1.0 for family in NEVER_TRAINED}
+    unseen = replace(source, families=families, levels_of={}, instruction_share=0.0)
+    return [problem_at(unseen, seed, i, "held_out") for i in range(config.never_trained_problems)]
+
+
+def blank_traces(problems: list[Problem], config: EvalConfig) -> list[dict[str, Any]]:
+    return [
+        {"problem": p.prompt, "answer": p.answer, "family": p.family, "by_checkpoint": {}}
+        for p in problems[: config.traces]
+    ]
+
+
+def add_traces(traces: list[dict[str, Any]], name: str, result: Result) -> None:
+    for trace, (rollout, grade) in zip(traces, result.first_answers, strict=False):
+        trace["by_checkpoint"][name] = {
+            "thinking": rollout.message.thinking,
+            "content": rollout.message.content,
+            "correct": grade.accuracy == 1.0,
+        }
+
+
+def add_gains(checkpoints: dict[str, Any]) -> None:
+    """Each checkpoint against the base on the same problems, with a paired interval."""
+    base = checkpoints.get("base")
+    for entry in checkpoints.values():
+        if base is None or entry is base:
+            continue
+        pairs = [
+            (a, b)
+            for a, b in zip(entry["per_problem"], base["per_problem"], strict=True)
+            if a is not None and b is not None
+        ]
+        gain = bootstrap_difference([a for a, _ in pairs], [b for _, b in pairs])
+        entry["overall"]["gain"] = {"value": gain.value, "low": gain.low, "high": gain.high}
+
+
+def write_json(path: Path, content: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(plain_all(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def plain_all(value: Any) -> Any:
+    """NaN has no place in JSON: null says that there was nothing to average."""
+    if isinstance(value, dict):
+        return {key: plain_all(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain_all(item) for item in value]
+    return plain(value)

@@ -1,0 +1,156 @@
+"""Stage `pretrain`: a V3-shaped base from rows of tokens. (DeepSeek-V3 sections 2 and 4.2)
+
+MLA and DeepSeekMoE with auxiliary-loss-free balancing, multi-token prediction, Muon or AdamW, a rate that is constant and
+then falls. The balance bias is moved once per optimizer step by the loads of the whole batch, however many pieces it
+was computed in.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from abyssal.data.loader import RowLoader
+from abyssal.evals.held_out_rows import held_out_metrics
+from abyssal.loss.balance import max_violation
+from abyssal.model.config import ModelConfig
+from abyssal.model.transformer import Transformer
+from abyssal.optim.clip import clip_gradients
+from abyssal.optim.schedule import learning_rate
+from abyssal.record import memory_gb
+from abyssal.stages.objective import Batch, Losses, language_loss
+from abyssal.stages.schedule_points import RecorderAt, due
+from abyssal.stages.state import TrainState, apply_step, build_optimizers, resume_state, save_state
+from abyssal.tokens.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    steps: int = 600
+    row_len: int = 256
+    rows: int = 6  # per optimizer step
+    micro_rows: int = 0  # rows per forward pass; 0: all at once
+    isolate: bool = True  # documents of a row cannot see each other; V3 lets them (False)
+    optimizer: Literal["muon", "adamw"] = "muon"
+    lr: float = 0.02  # Muon, matrices
+    adamw_lr: float = 3e-3
+    weight_decay: float = 0.05
+    warmup: int = 20
+    stable: float = 0.67  # share of the steps at the peak (V3: 10T of 14.8T)
+    floor: float = 0.05
+    clip: float = 1.0
+    mtp_weight: float = 0.3
+    mtp_weight_late: float = 0.1  # from `stable` on, as V3 from 10T tokens on
+    balance_weight: float = 1e-4  # alpha, sequence-wise
+    bias_speed: float = 1e-3  # gamma
+    bias_until: float = 0.97  # share of the steps after which gamma is 0 (V3: 14.3T of 14.8T)
+    eval_every: int = 100
+    eval_rows: int = 24
+    save_every: int = 100
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.micro_rows and self.rows % self.micro_rows:
+            raise ValueError(f"pretrain.rows={self.rows} is not a multiple of micro_rows={self.micro_rows}")
+
+
+def pretrain(
+    stage_dir: Path,
+    *,
+    config: PretrainConfig,
+    model_config: ModelConfig,
+    tokens_dir: Path,
+    tokenizer: Tokenizer,
+    seed: int,
+    device: torch.device,
+    recorder_at: RecorderAt,
+) -> TrainState:
+    """Leaves `stage_dir`/checkpoint; continues from it if there is one."""
+    model = Transformer(model_config, dtype=getattr(torch, config.dtype))
+    model = model.init_weights(torch.Generator().manual_seed(seed)).to(device)
+    optimizers = build_optimizers(
+        model, kind=config.optimizer, lr=config.lr, adamw_lr=config.adamw_lr, weight_decay=config.weight_decay
+    )
+    state = TrainState(model, optimizers)
+    loader = RowLoader(tokens_dir / "train", row_len=config.row_len, rows_per_step=config.rows, seed=seed)
+    if resume_state(stage_dir / "checkpoint", state):
+        loader.load_state_dict(state.extra["loader"])
+    held_out = RowLoader(tokens_dir / "held_out", row_len=config.row_len, rows_per_step=config.eval_rows, seed=0).next()
+    held_out_batch = as_batch(*held_out, eos_id=tokenizer.eos_id, isolate=config.isolate, device=device)
+
+    with recorder_at(state.step) as recorder:
+        for step in range(state.step, config.steps):
+            began = time.perf_counter()
+            batch = as_batch(*loader.next(), eos_id=tokenizer.eos_id, isolate=config.isolate, device=device)
+            losses, loads = backward(model, batch, config, step)
+            grad_norm = clip_gradients(model.parameters(), config.clip)
+            lr = learning_rate(
+                step, config.steps, warmup=config.warmup, shape="wsd", stable=config.stable, floor=config.floor
+            )
+            apply_step(state.optimizers, lr)
+            balance(model, loads, config, step)
+            state.step, state.tokens = step + 1, state.tokens + batch.ids_BT.numel()
+
+            time_s = time.perf_counter() - began
+            metrics = {
+                "loss": losses.next_token,
+                "mtp_loss": losses.mtp,
+                "balance_loss": losses.balance,
+                "grad_norm": grad_norm,
+                "lr": lr * config.lr,
+                "tokens": state.tokens,
+                "tokens_per_s": batch.ids_BT.numel() / time_s,
+                "max_violation": max((max_violation(load) for load in loads), default=None),
+                "memory_gb": memory_gb(),
+                "time_s": time_s,
+            }
+            if due(step, config.eval_every, config.steps):
+                metrics |= held_out_metrics(
+                    model, held_out_batch.ids_BT, held_out_batch.mask_BT, held_out_batch.segments_BT
+                )
+            recorder.step(step, config.steps, {name: value for name, value in metrics.items() if value is not None})
+            if due(step, config.save_every, config.steps):
+                state.extra = {"loader": loader.state_dict()}
+                save_state(stage_dir / "checkpoint", state, tokenizer)
+    return state
+
+
+def as_batch(ids_BT: Tensor, mask_BT: Tensor, *, eos_id: int, isolate: bool, device: torch.device) -> Batch:
+    """Rows of the loader; with `isolate`, each document is a segment of its own, ended by its end token."""
+    segments_BT = None
+    if isolate:
+        ends = (ids_BT == eos_id).int()
+        segments_BT = (ends.cumsum(1) - ends + 1).to(device)
+    return Batch(ids_BT.to(device), mask_BT.to(device), segments_BT)
+
+
+class Backward(NamedTuple):
+    losses: Losses
+    loads: list[Tensor]
+
+
+def backward(model: Transformer, batch: Batch, config: PretrainConfig, step: int) -> Backward:
+    """Gradients of the mean loss of the batch, in micro-batches; loads are summed over all of them."""
+    mtp_weight = config.mtp_weight if step < config.stable * config.steps else config.mtp_weight_late
+    micro = config.micro_rows or len(batch.ids_BT)
+    n_micro = len(batch.ids_BT) // micro
+    loads: list[Tensor] = []
+    for k in range(n_micro):
+        rows = slice(k * micro, (k + 1) * micro)
+        piece = Batch(*(None if part is None else part[rows] for part in batch))
+        losses = language_loss(model, piece, mtp_weight=mtp_weight, balance_weight=config.balance_weight)
+        (losses.total / n_micro).backward()
+        loads = [a + b for a, b in zip(loads, losses.loads, strict=True)] if loads else losses.loads
+    return Backward(losses, loads)
+
+
+def balance(model: Transformer, loads: list[Tensor], config: PretrainConfig, step: int) -> None:
+    """Move each layer's bias towards its idle experts. (auxiliary-loss-free balancing)"""
+    if step < config.bias_until * config.steps and config.bias_speed > 0:
+        for gate, load in zip(model.gates(), loads, strict=True):
+            gate.update_bias(load, config.bias_speed)

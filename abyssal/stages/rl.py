@@ -1,0 +1,258 @@
+"""Stages `zero`, `reason` and `align`: reinforcement learning with GRPO. (DeepSeekMath section 4; R1 section 2.2)
+
+Draw G answers to each of P problems with the engine, on the trainer's own weights; grade them by rules; compare each with
+its group; one clipped step. R1-Zero starts from the base and knows accuracy and form alone; later stages add language.
+The form reward pays for well-formed answers with or without thinking: if thinking grows, it is because it is right more often.
+Letters: P problems, G answers per problem, A answers (P x G), B rows, T tokens, N answer tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from abyssal.data.problems import ProblemSource, Split, problem_at
+from abyssal.engine.engine import Engine
+from abyssal.evals.grade import Grade, error_reasons, grade, summary
+from abyssal.loss.grpo import group_advantages
+from abyssal.model.transformer import Transformer
+from abyssal.optim.schedule import learning_rate
+from abyssal.record import Recorder, memory_gb
+from abyssal.reward.verifiers import Verifiers
+from abyssal.rollout import agreement, sample_answers
+from abyssal.stages.policy_update import GrpoConfig, answer_batch, update_policy
+from abyssal.stages.schedule_points import RecorderAt, due
+from abyssal.stages.state import TrainState, build_optimizers, resume_state, save_state
+from abyssal.tokens.tokenizer import Tokenizer
+from abyssal.types import Problem, Rollout, SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlConfig:
+    steps: int = 60
+    problems: int = 16  # P per step
+    answers: int = 16  # G per problem
+    max_tokens: int = 128
+    temperature: float = 1.0
+    lr: float = 1e-4
+    warmup: int = 3
+    accuracy_weight: float = 1.0
+    format_weight: float = 0.1  # R1 weighs both alike; here malformed answers are rare and already wrong
+    language_weight: float = 0.0
+    instruction_share: float = 0.0  # of problems, in `align`
+    dynamic_sampling: bool = False  # draw on until `problems` groups have both right and wrong answers (DAPO)
+    reference_every: int = 400  # steps between refreshes of the KL reference (R1: 400)
+    row_len: int = 256
+    rows_per_pass: int = 16
+    compare_answers: int = 32  # per step, recomputed by the trainer to measure the mismatch
+    eval_every: int = 10
+    eval_problems: int = 100
+    save_every: int = 10
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+
+
+class Groups(NamedTuple):
+    """P groups of G graded answers, flat and side by side."""
+
+    rollouts: list[Rollout]
+    grades: list[Grade]
+    rewards_PG: torch.Tensor
+    valid_PG: torch.Tensor
+
+
+def reinforce(
+    stage_dir: Path,
+    *,
+    config: RlConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    stream: ProblemStream,
+    first_problem: int,
+    verifiers: Verifiers,
+    seed: int,
+    recorder_at: RecorderAt,
+) -> TrainState:
+    """Leaves `stage_dir`/checkpoint; continues from it if there is one."""
+    state = TrainState(model, build_optimizers(model, kind="adamw", lr=0.0, adamw_lr=config.lr, weight_decay=0.0))
+    state.extra = {
+        "next_problem": first_problem,
+        "reference": model.state_dict(),
+        "shuffle": torch.Generator().manual_seed(seed).get_state(),
+    }
+    reference = copy.deepcopy(model).requires_grad_(False)
+    resume_state(stage_dir / "checkpoint", state)
+    reference.load_state_dict(state.extra["reference"])
+    shuffle = torch.Generator()
+    shuffle.set_state(state.extra["shuffle"])
+    engine = Engine(model, eos_ids=[tokenizer.eos_id], max_batch=config.problems * config.answers)
+    params = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens)
+    device = model.embed_tokens.weight.device
+
+    with recorder_at(state.step) as recorder:
+        for step in range(state.step, config.steps):
+            began = time.perf_counter()
+            groups = draw_groups(engine, tokenizer, stream, state, config, params, verifiers, seed=seed + step)
+            drawn = time.perf_counter()
+            kept, advantages = learnable(groups, divide_by_std=config.grpo.divide_by_std)
+            gap = agreement(model, [r.completion for r in groups.rollouts[: config.compare_answers]])
+            lr = learning_rate(step, config.steps, warmup=config.warmup, shape="constant")
+            update: dict[str, float] = {}
+            if kept:  # groups without variance teach nothing: a step of them alone is no step
+                answers = answer_batch(kept, advantages, row_len=config.row_len, pad_id=tokenizer.pad_id, device=device)
+                update = update_policy(
+                    state,
+                    answers,
+                    reference=reference if config.grpo.kl_weight else None,
+                    config=config.grpo,
+                    lr_fraction=lr,
+                    rows_per_pass=config.rows_per_pass,
+                    shuffle=shuffle,
+                )
+            if (step + 1) % config.reference_every == 0:
+                reference.load_state_dict(model.state_dict())
+            engine.load_weights(model)  # the next rollouts see the new policy
+            updated = time.perf_counter()
+
+            n_tokens = sum(len(r.completion.ids) for r in groups.rollouts)
+            state.step, state.tokens = step + 1, state.tokens + n_tokens
+            metrics: dict[str, Any] = {
+                "reward": float(groups.rewards_PG[groups.valid_PG].mean()),
+                **summary(groups.grades),
+                **update,
+                "zero_variance_share": 1 - len(kept) / len(groups.rollouts),
+                "mismatch_max": gap.max,
+                "mismatch_mean": gap.mean,
+                "flip_share": gap.flip_share,
+                "lr": lr * config.lr,
+                "tokens": n_tokens,
+                "rollout_s": drawn - began,
+                "update_s": updated - drawn,
+                "memory_gb": memory_gb(),
+            }
+            if due(step, config.eval_every, config.steps):
+                metrics |= held_out(engine, tokenizer, stream, config, verifiers)
+            metrics["time_s"] = time.perf_counter() - began
+            recorder.step(step, config.steps, metrics)
+            report_step(recorder, groups, step)
+            if due(step, config.save_every, config.steps):
+                state.extra |= {"reference": reference.state_dict(), "shuffle": shuffle.get_state()}
+                save_state(
+                    stage_dir / "checkpoint",
+                    state,
+                    tokenizer,
+                    generation={"temperature": 0.6, "top_p": 0.95, "do_sample": True},
+                )
+    return state
+
+
+def draw_groups(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    stream: ProblemStream,
+    state: TrainState,
+    config: RlConfig,
+    params: SamplingParams,
+    verifiers: Verifiers,
+    *,
+    seed: int,
+) -> Groups:
+    """P graded groups. With dynamic sampling, groups that are all right or all wrong are replaced, at most four times over."""
+    rollouts: list[Rollout] = []
+    grades: list[Grade] = []
+    for attempt in range(4 if config.dynamic_sampling else 1):
+        n_missing = config.problems - len(grades) // config.answers
+        first = state.extra["next_problem"]
+        problems = [stream.at(first + i) for i in range(n_missing)]
+        state.extra["next_problem"] = first + n_missing
+        drawn = sample_answers(
+            engine, tokenizer, problems, answers_per_problem=config.answers, params=params, seed=seed * 4 + attempt
+        )
+        graded = grade(drawn, verifiers, tokenizer)
+        last = attempt == 3 or not config.dynamic_sampling
+        for g in range(0, len(drawn), config.answers):
+            group = slice(g, g + config.answers)
+            if last or len({grade.accuracy for grade in graded[group]}) > 1:
+                rollouts += drawn[group]
+                grades += graded[group]
+        if len(grades) == config.problems * config.answers:
+            break
+    rewards = torch.tensor([reward(grade, config) for grade in grades]).view(config.problems, config.answers)
+    return Groups(rollouts, grades, rewards, ~rewards.isnan())
+
+
+def reward(grade: Grade, config: RlConfig) -> float:
+    """accuracy + format + language, weighted; NaN where the verifier could not decide, never a silent 0."""
+    if grade.accuracy is None:
+        return float("nan")
+    return (
+        config.accuracy_weight * grade.accuracy
+        + config.format_weight * grade.well_formed
+        + config.language_weight * grade.language
+    )
+
+
+def learnable(groups: Groups, *, divide_by_std: bool) -> tuple[list[Rollout], list[float]]:
+    """The answers whose advantage is not zero, and their advantages."""
+    advantages_A = group_advantages(groups.rewards_PG, valid_PG=groups.valid_PG, divide_by_std=divide_by_std).flatten()
+    spread_P1 = (groups.rewards_PG.nan_to_num(0) - groups.rewards_PG.nan_to_num(0)[:, :1]).abs().amax(1, keepdim=True)
+    varied_A = ((spread_P1 > 1e-6) & groups.valid_PG).flatten()
+    kept = varied_A.nonzero()[:, 0].tolist()
+    return [groups.rollouts[i] for i in kept], advantages_A[varied_A].tolist()
+
+
+def held_out(
+    engine: Engine, tokenizer: Tokenizer, stream: ProblemStream, config: RlConfig, verifiers: Verifiers
+) -> dict[str, float]:
+    """Accuracy, thinking and length on problems that no stage trains on; the same ones and the same noise each time."""
+    problems = [stream.at(i, "held_out") for i in range(config.eval_problems)]
+    params = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens)
+    grades = grade(
+        sample_answers(engine, tokenizer, problems, answers_per_problem=1, params=params, seed=0), verifiers, tokenizer
+    )
+    seen = summary(grades)
+    return {
+        f"held_out_{name}": seen[name]
+        for name in ("accuracy", "think_share", "length", "length_thinking", "mixed_share")
+        if name in seen
+    }
+
+
+def report_step(recorder: Recorder, groups: Groups, step: int) -> None:
+    """One readable trace a step, the longest right one or else the first; verifier errors by reason."""
+    right = [i for i, g in enumerate(groups.grades) if g.accuracy == 1.0]
+    i = max(right, key=lambda i: groups.grades[i].length) if right else 0
+    rollout, grade = groups.rollouts[i], groups.grades[i]
+    recorder.sample(
+        {
+            "step": step,
+            "problem": rollout.problem.prompt,
+            "answer": rollout.problem.answer,
+            "family": rollout.problem.family,
+            "thinking": rollout.message.thinking,
+            "content": rollout.message.content,
+            "correct": grade.accuracy == 1.0,
+            "reward": float(groups.rewards_PG.flatten()[i]),
+        }
+    )
+    for reason, count in error_reasons(groups.grades).items():
+        recorder.log(f"step {step}: the verifier could not decide {count} answers: {reason}")
+
+
+@dataclass(frozen=True)
+class ProblemStream:
+    """Where RL problems come from: the generators, or a user's own list in turn."""
+
+    source: ProblemSource
+    seed: int
+    own: tuple[Problem, ...] = ()
+    own_held_out: tuple[Problem, ...] = ()
+
+    def at(self, index: int, split: Split = "train") -> Problem:
+        own = self.own if split == "train" else self.own_held_out
+        return own[index % len(own)] if own else problem_at(self.source, self.seed, index, split)

@@ -1,0 +1,110 @@
+"""Nouns that cross rooms. Owns no behaviour beyond reading its own fields.
+
+Letters used by the whole package: B batch, T tokens, S keys, D width, H heads, V vocabulary, E experts, K chosen experts,
+L layers, P problems, G answers per problem, A answers in all (P x G).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+Role = Literal["system", "user", "assistant", "tool"]
+Language = Literal["en", "zh"]
+FinishReason = Literal["stop", "length", "aborted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn. `thinking` is what the assistant wrote between <think> and </think>; None when it did not think."""
+
+    role: Role
+    content: str
+    thinking: str | None = None
+
+
+Conversation = list[Message]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A question whose answer can be checked.
+
+    `key` names the instance without regard to language or wording; the held-out split is a hash of it.
+    `steps` are the states a worked solution writes down, in order; empty when nobody worked it out.
+    `verifier` is "exact" (the same text), "answer" (the same text or, by math-verify, the same value), "instruction" (a rule in `metadata`), "reasoning_gym:<task>",
+    or "module:function" of the user's own.
+    """
+
+    prompt: str
+    answer: str
+    family: str = "user"
+    level: int = 0
+    language: Language = "en"
+    key: str = ""
+    verifier: str = "answer"
+    steps: tuple[str, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Score(NamedTuple):
+    """What a verifier says. `value` in [0, 1], or None when it could not decide; then `error` says why."""
+
+    value: float | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to draw tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
+
+    The noise of a token is a function of (seed, its position in the sequence) alone, so a sample does not depend on what
+    else is in the batch.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} is negative; use 0 for greedy")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is outside (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} is outside [0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} is negative; use 0 to switch it off")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} leaves nothing to generate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What the engine returns for one prompt.
+
+    `logps` are log-probs under the model's own distribution (temperature 1, nothing cut), one per id in `ids`; `ids`
+    includes the end token when `finish_reason` is "stop". `experts` (n_computed, n_moe_layers, K) uint8 are the experts
+    chosen at each computed position (prompt, then all of `ids` but the last), or None for a dense model.
+    """
+
+    prompt_ids: list[int]
+    ids: list[int]
+    logps: list[float]
+    finish_reason: FinishReason
+    experts: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One answer to one problem: the text as a message, and the tokens as they were drawn."""
+
+    problem: Problem
+    completion: Completion
+    message: Message

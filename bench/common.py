@@ -1,0 +1,160 @@
+"""What the benchmarks share: three V3-shaped models, the same weights in transformers, paired timing, results on disk.
+
+Owns no measurement. Each benchmark times ours and theirs alternately (A B A B ...) in one process, so that whatever else
+the machine does falls on both; the figure that counts is the median of the pairs' ratios.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from abyssal.model.config import ModelConfig
+from abyssal.model.transformer import Transformer, count_parameters
+
+Size = Literal["3M", "11M", "63M"]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+RESULTS = Path(__file__).parent / "results"
+
+
+def model_config(size: Size) -> ModelConfig:
+    """DeepSeek-V3 in small: MLA with a query latent, one dense layer, then shared and fine-grained routed experts."""
+    widths: dict[str, Any] = {
+        "3M": dict(vocab_size=2048, hidden_size=160, num_hidden_layers=4, num_attention_heads=4, intermediate_size=448,
+                   q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, v_head_dim=32,
+                   n_routed_experts=16, moe_intermediate_size=80),
+        "11M": dict(vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=704,
+                    q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=48, v_head_dim=48,
+                    n_routed_experts=16, moe_intermediate_size=112),
+        "63M": dict(vocab_size=9216, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408,
+                    q_lora_rank=256, kv_lora_rank=192, qk_nope_head_dim=48, v_head_dim=48,
+                    n_routed_experts=32, moe_intermediate_size=128),
+    }[size]
+    return ModelConfig(
+        attention="mla", feed_forward="moe", max_position_embeddings=1024, qk_rope_head_dim=16, n_shared_experts=1,
+        num_experts_per_tok=4, first_k_dense_replace=1, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+        initializer_range=0.02, **widths,
+    )
+
+
+def make_ours(config: ModelConfig, *, dtype: torch.dtype, seed: int = 0) -> Transformer:
+    """Random weights, rounded to BF16 so that both sides hold exactly the same numbers whatever dtype they keep."""
+    model = Transformer(config, dtype=dtype).init_weights(torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return model
+
+
+def make_theirs(ours: Transformer, *, dtype: torch.dtype, experts: str, attention: str) -> DeepseekV3ForCausalLM:
+    """transformers' model with the same weights, kept in `dtype`. Raises when a tensor is missing or left over."""
+    c = ours.config
+    config = DeepseekV3Config(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_attention_heads,
+        intermediate_size=c.intermediate_size, moe_intermediate_size=c.moe_intermediate_size,
+        n_shared_experts=c.n_shared_experts, n_routed_experts=c.n_routed_experts,
+        num_experts_per_tok=c.num_experts_per_tok, first_k_dense_replace=c.first_k_dense_replace,
+        n_group=c.n_group, topk_group=c.topk_group, routed_scaling_factor=c.routed_scaling_factor,
+        norm_topk_prob=c.norm_topk_prob, q_lora_rank=c.q_lora_rank, kv_lora_rank=c.kv_lora_rank,
+        qk_nope_head_dim=c.qk_nope_head_dim, qk_rope_head_dim=c.qk_rope_head_dim, v_head_dim=c.v_head_dim,
+        rope_interleave=c.rope_interleave, max_position_embeddings=c.max_position_embeddings,
+        rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=False, num_mtp_layers=0, bos_token_id=None, eos_token_id=None,
+        experts_implementation=experts, attn_implementation=attention,
+    )
+    model = DeepseekV3ForCausalLM(config).to(dtype)
+    names = {name: name if name.startswith("lm_head.") else f"model.{name}" for name in ours.state_dict()}
+    model.load_state_dict({names[name]: tensor for name, tensor in ours.state_dict().items()}, strict=True)
+    return model
+
+
+def logits_differ_by(ours: Transformer, theirs: DeepseekV3ForCausalLM, ids_BT: torch.Tensor) -> float:
+    """Largest difference of logits, as a share of the largest logit: the two sides really compute the same thing."""
+    with torch.no_grad():
+        a, b = ours.logits(ours.hidden(ids_BT)), theirs(ids_BT).logits.float()
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired:
+    """Tokens per second of both, pair by pair."""
+
+    ours: list[float]
+    theirs: list[float]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(a / b for a, b in zip(self.ours, self.theirs, strict=True))
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        ratios = [a / b for a, b in zip(self.ours, self.theirs, strict=True)]
+        return min(ratios), max(ratios)
+
+
+def time_pairs(ours: Callable[[], object], theirs: Callable[[], object], *, n_pairs: int, n_tokens: int) -> Paired:
+    """One untimed run of each, then A B A B ..."""
+    ours()
+    theirs()
+    a, b = [], []
+    for _ in range(n_pairs):
+        a.append(n_tokens / seconds(ours))
+        b.append(n_tokens / seconds(theirs))
+    return Paired(ours=a, theirs=b)
+
+
+def fastest(candidates: dict[str, Callable[[], object]], *, repeats: int = 2) -> str:
+    """The name of the quickest; each runs once to warm up. A candidate that raises is out, and says so."""
+    times = {}
+    for name, work in candidates.items():
+        try:
+            work()
+            times[name] = min(seconds(work) for _ in range(repeats))
+        except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
+            print(f"  transformers {name}: not possible here ({str(error).splitlines()[0]})")
+    print("  transformers: " + ", ".join(f"{name} {1000 * t:.0f} ms" for name, t in times.items()))
+    return min(times, key=times.__getitem__)
+
+
+def machine() -> dict[str, Any]:
+    """Where a figure was measured, for the line in results/."""
+    model_name = flags = ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        fields = dict(line.split("\t: ", 1) for line in cpuinfo.read_text().splitlines() if "\t: " in line)
+        model_name = fields.get("model name", "")
+        flags = " ".join(f for f in fields.get("flags", "").split() if f.startswith(("avx", "amx")))
+    return {
+        "date": datetime.date.today().isoformat(), "machine": platform.machine(), "cpu": model_name, "flags": flags,
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def append_result(name: str, result: dict[str, Any]) -> None:
+    """One JSON line to results/NAME.jsonl."""
+    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**machine(), **result}) + "\n")
+
+
+def parameters(config: ModelConfig) -> tuple[int, int]:
+    """(all, active) without making the weights."""
+    with torch.device("meta"):
+        return count_parameters(Transformer(config))

@@ -1,0 +1,34 @@
+"""Models small enough to run hundreds of times in a test, one for each shape the engine must serve."""
+
+from __future__ import annotations
+
+import torch
+
+from abyssal.model.config import ModelConfig
+from abyssal.model.transformer import Transformer
+
+N_VOCAB = 61
+# std 0.15 at width 32 spreads the logits: with the pretraining init all tokens would be nearly equally likely
+SHARED = {"vocab_size": N_VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+          "intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.15}
+MLA = {"attention": "mla", "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+MOE = {"feed_forward": "moe", "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
+       "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+GQA = {"attention": "gqa", "num_key_value_heads": 2, "head_dim": 8, "qkv_bias": True}
+KINDS = {
+    "mla_moe": SHARED | MLA | MOE,
+    "mla_moe_query_latent": SHARED | MLA | MOE | {"q_lora_rank": 24, "num_nextn_predict_layers": 1},
+    "mla_dense": SHARED | MLA | {"feed_forward": "dense"},
+    "gqa_dense": SHARED | GQA | {"feed_forward": "dense", "tie_word_embeddings": True},
+}
+
+
+def small_model(kind: str = "mla_moe", *, seed: int = 0, dtype: torch.dtype = torch.float32,
+                **changes: object) -> Transformer:
+    config = ModelConfig(**(KINDS[kind] | changes))
+    return Transformer(config, dtype=dtype).init_weights(torch.Generator().manual_seed(seed))
+
+
+def random_prompts(lengths: list[int], *, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, N_VOCAB, (n,), generator=generator).tolist() for n in lengths]

@@ -1,0 +1,96 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from small_models import KINDS, random_prompts, small_model
+
+from abyssal.engine import Engine
+from abyssal.rollout import agreement, sample_answers
+from abyssal.tokens.bpe import train_bpe
+from abyssal.tokens.chat import parse, render
+from abyssal.tokens.tokenizer import Tokenizer
+from abyssal.types import Message, Problem, SamplingParams
+
+PROBLEMS = [Problem(prompt="1 + 2 = ?", answer="3"), Problem(prompt="name a colour", answer="red")]
+PARAMS = SamplingParams(max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(train_bpe(["one plus two is three", "name a colour: red"] * 20, vocab_size=400))
+
+
+@pytest.fixture
+def engine(tokenizer):
+    return Engine(small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=128), eos_ids=[tokenizer.eos_id])
+
+
+def test_answers_come_problem_by_problem_with_their_text(engine, tokenizer):
+    rollouts = sample_answers(engine, tokenizer, PROBLEMS, answers_per_problem=3, params=PARAMS, seed=0,
+                              system="Think.")
+    assert [r.problem for r in rollouts] == [PROBLEMS[0]] * 3 + [PROBLEMS[1]] * 3
+    for r in rollouts:
+        conversation = [Message(role="system", content="Think."), Message(role="user", content=r.problem.prompt)]
+        assert r.completion.prompt_ids == render(conversation, tokenizer, add_generation_prompt=True).ids
+        assert r.message == parse(r.completion.ids, tokenizer)
+    assert len({tuple(r.completion.ids) for r in rollouts}) == 6
+
+
+def test_an_answer_is_fixed_by_seed_problem_and_number(engine, tokenizer):
+    def ids(seed, n, params=PARAMS):
+        rollouts = sample_answers(engine, tokenizer, PROBLEMS, answers_per_problem=n, params=params, seed=seed)
+        return [r.completion.ids for r in rollouts]
+
+    three = ids(0, 3)
+    assert three == ids(0, 3) == ids(0, 3, replace(PARAMS, seed=99))
+    assert ids(0, 2) == three[:2] + three[3:5]
+    assert ids(1, 3) != three
+
+
+def test_thinking_can_be_opened_by_the_prompt(engine, tokenizer):
+    [r] = sample_answers(engine, tokenizer, PROBLEMS[:1], answers_per_problem=1, params=PARAMS, seed=0, thinking="on")
+    assert r.completion.prompt_ids[-1] == tokenizer.think_id
+    assert r.message.thinking is not None
+
+
+def test_no_answers_are_refused(engine, tokenizer):
+    with pytest.raises(ValueError, match="answers_per_problem=0"):
+        sample_answers(engine, tokenizer, PROBLEMS, answers_per_problem=0, params=PARAMS, seed=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_engine_and_trainer_agree(kind):
+    model = small_model(kind)
+    prompts = random_prompts([20, 3, 9]) * 3
+    completions = Engine(model, eos_ids=[], block_size=8).generate(prompts, SamplingParams(max_tokens=20))
+    found = agreement(model, completions, tokens_per_batch=100)
+    assert found.n_tokens == 9 * 20
+    assert found.n_compared == found.n_tokens and found.n_flipped == 0
+    assert 0 < found.mean <= found.max < 1e-5
+    n_moe = 0 if kind.endswith("dense") else 2
+    assert found.n_choices == n_moe * 3 * ((20 + 3 + 9) + 3 * 19)
+
+
+def test_a_changed_log_prob_is_found():
+    model = small_model()
+    [c] = Engine(model, eos_ids=[]).generate(random_prompts([5]), SamplingParams(max_tokens=6))
+    off = replace(c, logps=[*c.logps[:3], c.logps[3] + 0.5, *c.logps[4:]])
+    assert agreement(model, [off]).max == pytest.approx(0.5, abs=1e-4)
+    assert agreement(model, [off]).mean == pytest.approx(0.5 / 6, abs=1e-4)
+
+
+def test_tokens_after_a_flip_are_not_compared_and_the_flip_is_counted():
+    model = small_model()
+    [c] = Engine(model, eos_ids=[]).generate(random_prompts([5]), SamplingParams(max_tokens=6))
+    experts = c.experts.clone()
+    # position 6 is the second answer token; it is read when the third is drawn
+    experts[6, 1] = torch.tensor([e for e in range(8) if e not in experts[6, 1].tolist()][:2], dtype=torch.uint8)
+    found = agreement(model, [replace(c, experts=experts)])
+    assert (found.n_tokens, found.n_compared, found.n_flipped, found.n_choices) == (6, 2, 1, 20)
+    assert found.flip_share == 1 / 20
+    swapped = c.experts.flip(-1)  # the order of the chosen is no difference
+    assert agreement(model, [replace(c, experts=swapped)]).n_flipped == 0
+
+
+def test_nothing_to_compare_is_no_error():
+    assert agreement(small_model(), []) == (0.0, 0.0, 0, 0, 0, 0)
