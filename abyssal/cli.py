@@ -5,11 +5,13 @@ An error that a user can cause ends in one line on stderr and exit status 1; Ctr
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -47,6 +49,7 @@ class ChatOptions:
 
 def main() -> None:
     arguments = sys.argv[1:]
+    sys.path.append("")  # a reward of the user's own may lie in the folder they stand in
     try:
         sys.exit(dispatch(arguments))
     except KeyboardInterrupt:
@@ -79,7 +82,8 @@ def walk_recipe(arguments: list[str], stages: tuple[str, ...], *, prog: str) -> 
     """RECIPE.toml, then overrides in dotted form."""
     if not arguments or arguments[0].startswith("-"):
         raise ValueError(f"name a recipe: {prog} runs/laptop.toml")
-    recipe = tyro.cli(Recipe, default=read_recipe(arguments[0]), args=arguments[1:], prog=f"{prog} {arguments[0]}")
+    prog = f"{prog} {arguments[0]}"
+    recipe: Recipe = parsed(Recipe, default=read_recipe(arguments[0]), args=arguments[1:], prog=prog)
     console = Console()
     run = open_run(recipe, console)
     walk(run, stages)
@@ -87,8 +91,22 @@ def walk_recipe(arguments: list[str], stages: tuple[str, ...], *, prog: str) -> 
         print_results(run.directory, console)
 
 
+def parsed(kind: type[Any], *, prog: str, **options: Any) -> Any:
+    """Options read by tyro; what it says of a wrong one, a box of many lines, becomes one."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=prog, **options)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+    lines = [line.strip("│ ") for line in said.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    raise ValueError(f"{' '.join(lines[:rule])}; {prog} --help lists what there is")
+
+
 def chat(arguments: list[str]) -> None:
-    options = tyro.cli(ChatOptions, args=arguments, prog="abyssal chat")
+    options: ChatOptions = parsed(ChatOptions, args=arguments, prog="abyssal chat")
     params = SamplingParams(
         temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens, seed=options.seed
     )

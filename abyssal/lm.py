@@ -1,4 +1,4 @@
-"""A checkpoint to talk to from Python: `lm = abyssal.load(DIR)`. Owns a model, its tokenizer and an engine; no training.
+"""A checkpoint to talk to from Python: `lm = abyssal.load(DIR)`. Owns a model, its tokenizer and an engine; no loop.
 
 Letters: B rows, T tokens, V vocabulary.
 """
@@ -34,6 +34,7 @@ class LM:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, max_batch: int = 64) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.engine = Engine(model, eos_ids=[tokenizer.eos_id], max_batch=max_batch, record_experts=False)
+        self._ended: dict[int, list[int]] = {}  # ids of answers that ended, until their stream has handed them out
 
     @torch.inference_mode()
     def logits(self, ids_BT: Tensor | Sequence[Sequence[int]]) -> Tensor:
@@ -72,15 +73,15 @@ class LM:
         request = self.engine.add(prompt_ids, params)
         n_seen = 0
         try:
-            while True:
-                finished = [f.completion for f in self.engine.step() if f.request_id == request]
-                drawn = finished[0].ids if finished else self.engine.drawn(request)
+            while request not in self._ended:
+                self._ended |= {finished.request_id: finished.completion.ids for finished in self.engine.step()}
+                drawn = self._ended[request] if request in self._ended else self.engine.drawn(request)
                 yield from drawn[n_seen:]
                 n_seen = len(drawn)
-                if finished:
-                    return
+            yield from self._ended[request][n_seen:]  # it ended while another stream was stepping
         finally:
             self.engine.abort(request)
+            self._ended.pop(request, None)
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -35,3 +39,17 @@ def set_threads(n_threads: int | None = None) -> int:
         raise ValueError(f"threads={n_threads} leaves nothing to compute with; use 1 to {n_cores}")
     torch.set_num_threads(n_threads)
     return n_threads
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what tensors free for the next ones, instead of returning it to the system at once.
+
+    By default glibc maps every large tensor anew and the kernel fills it with zeros page by page: a sixth of the time
+    of a small model's training step. Does nothing where there is no glibc.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)

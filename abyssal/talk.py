@@ -16,7 +16,7 @@ from abyssal.types import Conversation, Message, SamplingParams
 def talk(
     directory: Path, *, params: SamplingParams, thinking: ThinkingMode, prompt: str | None, console: Console
 ) -> None:
-    """Answer `prompt` and return, or read questions until an empty line or the end of input. /new forgets what was said."""
+    """Answer `prompt` and return, or read questions until an empty line or the end of input. /new starts over."""
     lm = load(directory)
     if prompt is not None:
         answer(lm, [Message(role="user", content=prompt)], params=params, thinking=thinking, console=console)

@@ -1,7 +1,7 @@
 """Nouns that cross rooms. Owns no behaviour beyond reading its own fields.
 
-Letters used by the whole package: B batch, T tokens, S keys, D width, H heads, V vocabulary, E experts, K chosen experts,
-L layers, P problems, G answers per problem, A answers in all (P x G).
+Letters used by the whole package: B batch, T tokens, S keys, D width, H heads, V vocabulary, E experts, K chosen
+experts, L layers, P problems, G answers per problem, A answers in all (P x G).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Problem:
 
     `key` names the instance without regard to language or wording; the held-out split is a hash of it.
     `steps` are the states a worked solution writes down, in order; empty when nobody worked it out.
-    `verifier` is "exact" (the same text), "answer" (the same text or, by math-verify, the same value), "instruction" (a rule in `metadata`), "reasoning_gym:<task>",
-    or "module:function" of the user's own.
+    `verifier` is "exact" (the same text), "answer" (the same text or, by math-verify, the same value), "instruction" (a
+    rule in `metadata`), "reasoning_gym:<task>", or "module:function" of the user's own.
     """
 
     prompt: str
@@ -61,8 +61,8 @@ class Score(NamedTuple):
 class SamplingParams:
     """How to draw tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
-    The noise of a token is a function of (seed, its position in the sequence) alone, so a sample does not depend on what
-    else is in the batch.
+    The noise of a token is a function of (seed, its position in the sequence) alone, so a sample does not depend on
+    what else is in the batch.
     """
 
     temperature: float = 1.0

@@ -1,7 +1,7 @@
 """What the benchmarks share: three V3-shaped models, the same weights in transformers, paired timing, results on disk.
 
-Owns no measurement. Each benchmark times ours and theirs alternately (A B A B ...) in one process, so that whatever else
-the machine does falls on both; the figure that counts is the median of the pairs' ratios.
+Owns no measurement. Each benchmark times ours and theirs alternately (A B A B ...) in one process, so that whatever
+else the machine does falls on both; the figure that counts is the median of the pairs' ratios.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 import transformers
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from abyssal.checkpoint.convert import config_to_hf
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer, count_parameters
 
@@ -31,20 +32,59 @@ RESULTS = Path(__file__).parent / "results"
 def model_config(size: Size) -> ModelConfig:
     """DeepSeek-V3 in small: MLA with a query latent, one dense layer, then shared and fine-grained routed experts."""
     widths: dict[str, Any] = {
-        "3M": dict(vocab_size=2048, hidden_size=160, num_hidden_layers=4, num_attention_heads=4, intermediate_size=448,
-                   q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, v_head_dim=32,
-                   n_routed_experts=16, moe_intermediate_size=80),
-        "11M": dict(vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=704,
-                    q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=48, v_head_dim=48,
-                    n_routed_experts=16, moe_intermediate_size=112),
-        "63M": dict(vocab_size=9216, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408,
-                    q_lora_rank=256, kv_lora_rank=192, qk_nope_head_dim=48, v_head_dim=48,
-                    n_routed_experts=32, moe_intermediate_size=128),
+        "3M": dict(
+            vocab_size=2048,
+            hidden_size=160,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=448,
+            q_lora_rank=96,
+            kv_lora_rank=64,
+            qk_nope_head_dim=32,
+            v_head_dim=32,
+            n_routed_experts=16,
+            moe_intermediate_size=80,
+        ),
+        "11M": dict(
+            vocab_size=4096,
+            hidden_size=256,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            intermediate_size=704,
+            q_lora_rank=128,
+            kv_lora_rank=128,
+            qk_nope_head_dim=48,
+            v_head_dim=48,
+            n_routed_experts=16,
+            moe_intermediate_size=112,
+        ),
+        "63M": dict(
+            vocab_size=9216,
+            hidden_size=512,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            intermediate_size=1408,
+            q_lora_rank=256,
+            kv_lora_rank=192,
+            qk_nope_head_dim=48,
+            v_head_dim=48,
+            n_routed_experts=32,
+            moe_intermediate_size=128,
+        ),
     }[size]
     return ModelConfig(
-        attention="mla", feed_forward="moe", max_position_embeddings=1024, qk_rope_head_dim=16, n_shared_experts=1,
-        num_experts_per_tok=4, first_k_dense_replace=1, n_group=4, topk_group=2, routed_scaling_factor=2.5,
-        initializer_range=0.02, **widths,
+        attention="mla",
+        feed_forward="moe",
+        max_position_embeddings=1024,
+        qk_rope_head_dim=16,
+        n_shared_experts=1,
+        num_experts_per_tok=4,
+        first_k_dense_replace=1,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        initializer_range=0.02,
+        **widths,
     )
 
 
@@ -59,20 +99,8 @@ def make_ours(config: ModelConfig, *, dtype: torch.dtype, seed: int = 0) -> Tran
 
 def make_theirs(ours: Transformer, *, dtype: torch.dtype, experts: str, attention: str) -> DeepseekV3ForCausalLM:
     """transformers' model with the same weights, kept in `dtype`. Raises when a tensor is missing or left over."""
-    c = ours.config
-    config = DeepseekV3Config(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_hidden_layers=c.num_hidden_layers,
-        num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_attention_heads,
-        intermediate_size=c.intermediate_size, moe_intermediate_size=c.moe_intermediate_size,
-        n_shared_experts=c.n_shared_experts, n_routed_experts=c.n_routed_experts,
-        num_experts_per_tok=c.num_experts_per_tok, first_k_dense_replace=c.first_k_dense_replace,
-        n_group=c.n_group, topk_group=c.topk_group, routed_scaling_factor=c.routed_scaling_factor,
-        norm_topk_prob=c.norm_topk_prob, q_lora_rank=c.q_lora_rank, kv_lora_rank=c.kv_lora_rank,
-        qk_nope_head_dim=c.qk_nope_head_dim, qk_rope_head_dim=c.qk_rope_head_dim, v_head_dim=c.v_head_dim,
-        rope_interleave=c.rope_interleave, max_position_embeddings=c.max_position_embeddings,
-        rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=False, num_mtp_layers=0, bos_token_id=None, eos_token_id=None,
-        experts_implementation=experts, attn_implementation=attention,
-    )
+    spelling = config_to_hf(ours.config) | {"experts_implementation": experts, "attn_implementation": attention}
+    config = DeepseekV3Config(**spelling)
     model = DeepseekV3ForCausalLM(config).to(dtype)
     names = {name: name if name.startswith("lm_head.") else f"model.{name}" for name in ours.state_dict()}
     model.load_state_dict({names[name]: tensor for name, tensor in ours.state_dict().items()}, strict=True)
@@ -142,8 +170,13 @@ def machine() -> dict[str, Any]:
         model_name = fields.get("model name", "")
         flags = " ".join(f for f in fields.get("flags", "").split() if f.startswith(("avx", "amx")))
     return {
-        "date": datetime.date.today().isoformat(), "machine": platform.machine(), "cpu": model_name, "flags": flags,
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.machine(),
+        "cpu": model_name,
+        "flags": flags,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
     }
 

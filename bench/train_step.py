@@ -2,9 +2,10 @@
 
     python bench/train_step.py [--sizes 3M 11M 63M] [--pairs 5] [--dtype bfloat16] [--threads 2]
 
-Both predict the next token with mean cross entropy, from the same weights on the same batch; MTP is off, since transformers
-has none. Theirs runs in its fastest setting (expert kernels, attention and optimizer form are tried first), with weights
-and moments in `dtype`, as it is used; ours is our way: FP32 masters and moments, compute in `dtype`.
+Both predict the next token with mean cross entropy, from the same weights on the same batch; MTP is off, since
+transformers has none. Theirs runs in its fastest setting (expert kernels, attention and optimizer form are tried
+first), with weights and moments in `dtype`, as it is used; ours is our way: FP32 masters and moments, compute in
+`dtype`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
 from abyssal.loss.cross_entropy import cross_entropy, next_token_targets
+from abyssal.machine import set_threads
 from abyssal.model.transformer import Transformer
 from abyssal.optim.adamw import AdamW
 
@@ -99,24 +101,40 @@ def measure(size: Size, options: Options) -> dict[str, object]:
     ours = make_ours(config, dtype=dtype)
     theirs = make_theirs(ours, dtype=dtype, experts=experts, attention=attention)
     difference = logits_differ_by(ours, theirs, ids_BT[:2])
-    paired = time_pairs(our_step(ours, ids_BT), their_step(theirs, ids_BT, fused=optimizer == "fused"),
-                        n_pairs=options.pairs, n_tokens=ROWS * ROW_LEN)
+    paired = time_pairs(
+        our_step(ours, ids_BT),
+        their_step(theirs, ids_BT, fused=optimizer == "fused"),
+        n_pairs=options.pairs,
+        n_tokens=ROWS * ROW_LEN,
+    )
     return {
-        "size": size, "parameters": total, "active": active, "dtype": options.dtype, "rows": ROWS, "row_len": ROW_LEN,
-        "pairs": options.pairs, "theirs_setting": f"{best}+{optimizer}", "logits_differ_by": difference,
-        "ours_tokens_per_s": paired.ours, "theirs_tokens_per_s": paired.theirs, "ratio": paired.ratio,
-        "ratio_min": paired.spread[0], "ratio_max": paired.spread[1],
+        "size": size,
+        "parameters": total,
+        "active": active,
+        "dtype": options.dtype,
+        "rows": ROWS,
+        "row_len": ROW_LEN,
+        "pairs": options.pairs,
+        "theirs_setting": f"{best}+{optimizer}",
+        "logits_differ_by": difference,
+        "ours_tokens_per_s": paired.ours,
+        "theirs_tokens_per_s": paired.theirs,
+        "ratio": paired.ratio,
+        "ratio_min": paired.spread[0],
+        "ratio_max": paired.spread[1],
     }
 
 
 def main(options: Options) -> None:
-    torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     results = [measure(size, options) for size in options.sizes]
     print(f"\ntraining, {ROWS} x {ROW_LEN}, {options.dtype}, {options.threads} threads: tokens/s")
     print(f"{'size':>6} {'ours':>8} {'theirs':>8} {'ratio':>6}   range        theirs' setting")
     for r in results:
-        print(f"{r['size']:>6} {max(r['ours_tokens_per_s']):8.0f} {max(r['theirs_tokens_per_s']):8.0f} {r['ratio']:6.2f}"
-              f"   {r['ratio_min']:.2f}..{r['ratio_max']:.2f}   {r['theirs_setting']}")
+        print(
+            f"{r['size']:>6} {max(r['ours_tokens_per_s']):8.0f} {max(r['theirs_tokens_per_s']):8.0f} {r['ratio']:6.2f}"
+            f"   {r['ratio_min']:.2f}..{r['ratio_max']:.2f}   {r['theirs_setting']}"
+        )
         if options.save:
             append_result("train_step", r)
 

@@ -93,8 +93,11 @@ def test_the_package_never_imports_transformers():
 
 
 def test_reward_knows_no_torch():
-    users = [str(path) for path in FILES
-             if room_of(path) == "reward" and "torch" in packages_used(path.read_text(encoding="utf-8"))]
+    users = [
+        str(path)
+        for path in FILES
+        if room_of(path) == "reward" and "torch" in packages_used(path.read_text(encoding="utf-8"))
+    ]
     assert not users
 
 

@@ -197,6 +197,15 @@ class Engine:
         sequence = self._sequences.get(request_id)
         return None if sequence is None else self._finish(sequence, "aborted").completion
 
+    def drawn(self, request_id: int) -> list[int]:
+        """The ids drawn so far for a request that has not ended; none while it waits for its first turn."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            raise ValueError(f"request {request_id} has ended or never was; its ids came with its completion")
+        if sequence.row is None:  # waiting, perhaps with what it had drawn before it was preempted
+            return sequence.ids.tolist()
+        return self._rows.drawn(sequence).tolist()
+
     def generate(self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]) -> list[Completion]:
         """Answers in the order of the prompts; equal prompts are computed once.
 

@@ -91,9 +91,7 @@ class Rows:
 
     def clear(self, sequence: Sequence) -> np.ndarray:
         """Take a sequence out of its row, with what it has drawn; returns the blocks it held."""
-        row = sequence.row
-        assert row is not None, f"request {sequence.request_id} is not running"
-        drawn = slice(len(sequence.prompt_ids), int(self.length_R[row]))
+        row, drawn = self._drawn(sequence)
         sequence.ids, sequence.logps = self.ids_RT[row, drawn].copy(), self.logps_RT[row, drawn].copy()
         blocks = self.blocks_of(row)
         self.blocks_RN[row] = 0
@@ -101,6 +99,15 @@ class Rows:
         self.active = self.active[self.active != row]
         self._free.append(row)
         return blocks
+
+    def drawn(self, sequence: Sequence) -> np.ndarray:
+        """The ids a running sequence has drawn so far."""
+        return self.ids_RT[self._drawn(sequence)].copy()
+
+    def _drawn(self, sequence: Sequence) -> tuple[int, slice]:
+        row = sequence.row
+        assert row is not None, f"request {sequence.request_id} is not running"
+        return row, slice(len(sequence.prompt_ids), int(self.length_R[row]))
 
     def blocks_of(self, row: int) -> np.ndarray:
         return self.blocks_RN[row, : self.n_blocks_R[row]].copy()

@@ -13,7 +13,7 @@ import torch
 
 from abyssal.data.pack import Example, pack_isolated
 from abyssal.engine.engine import Engine
-from abyssal.evals.grade import Grade, grade, summary
+from abyssal.evals.grade import Grade, error_reasons, grade, summary
 from abyssal.evals.held_out_rows import held_out_metrics
 from abyssal.evals.passk import bootstrap_mean, cons_at_k
 from abyssal.model.transformer import Transformer, count_parameters
@@ -101,7 +101,7 @@ def numbers(rollouts: list[Rollout], grades: list[Grade], *, k: int) -> dict[str
     groups = [range(i, i + k) for i in range(0, len(grades), k)]
     decided = [kept for group in groups if (kept := [i for i in group if grades[i].accuracy is not None])]
     if not decided:
-        raise ValueError(f"the verifier decided none of {len(grades)} answers; see the reasons in log.txt")
+        raise ValueError(f"the verifier decided none of {len(grades)} answers: {next(iter(error_reasons(grades)))}")
     accuracy_PK = [[grades[i].accuracy or 0.0 for i in group] for group in decided]
     answers_PK = [[rollouts[i].message.content for i in group] for group in decided]
     interval = bootstrap_mean([sum(row) / len(row) for row in accuracy_PK])

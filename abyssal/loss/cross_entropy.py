@@ -11,9 +11,10 @@ from torch import Tensor
 
 
 def next_token_targets(ids_BT: Tensor, mask_BT: Tensor, segments_BT: Tensor | None, *, ahead: int = 1) -> Tensor:
-    """The token `ahead` places on, (B, T); -100 where there is none, where it is not to be learned, or in another example.
+    """The token `ahead` places on, (B, T); -100 where there is none to learn.
 
-    `mask_BT` says of each token whether it may be a target.
+    There is none at the end of a row, where the token belongs to another example, and where `mask_BT`, which says of
+    each token whether it may be a target, forbids it.
     """
     targets = torch.full_like(ids_BT, -100)
     length = ids_BT.shape[1] - ahead

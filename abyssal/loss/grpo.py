@@ -55,9 +55,9 @@ def grpo_loss(
     """Minus the clipped objective, plus kl_weight times k3.
 
     `answer_N` says to which of `n_all_answers` answers a token belongs; all tokens of an answer are here. The means are
-    over the minibatch's `n_answers` answers and `n_tokens` tokens, of which these may be a part, so that losses of parts
-    add up. mean "answer": average each answer's tokens, then the answers (DeepSeekMath); "token": all tokens alike
-    (DAPO), which does not favour short wrong answers. The ratio is clipped to [1 - clip_low, 1 + clip_high].
+    over the minibatch's `n_answers` answers and `n_tokens` tokens, of which these may be a part, so that losses of
+    parts add up. mean "answer": average each answer's tokens, then the answers (DeepSeekMath); "token": all tokens
+    alike (DAPO), which does not favour short right answers. The ratio is clipped to [1 - clip_low, 1 + clip_high].
     """
     ratio_N = (logp_N - old_logp_N).exp()
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)

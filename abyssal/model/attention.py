@@ -17,7 +17,7 @@ SHORT = 512 * 512  # query-key pairs up to which plain matmuls beat torch's fuse
 
 
 class AttentionContext(NamedTuple):
-    """Made once a forward pass, read by all layers. `mask_BTS` is True where a query may look; None means plain causal."""
+    """Made once a forward pass, read by all layers. `mask_BTS` is True where a query may look; None is plain causal."""
 
     cos: Tensor
     sin: Tensor
@@ -64,8 +64,8 @@ def attend_ref(q_BTHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, mask_BTS: Tensor 
     if groups > 1:
         k_BSHQ, v_BSHV = k_BSHQ.repeat_interleave(groups, dim=2), v_BSHV.repeat_interleave(groups, dim=2)
     q_BHTQ, k_BHSQ, v_BHSV = (x.transpose(1, 2) for x in (q_BTHQ * scale, k_BSHQ, v_BSHV))
-    scores_BHTS = (q_BHTQ @ k_BHSQ.transpose(2, 3)).float()
     if mask_BTS is None:
-        mask_BTS = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=scores_BHTS.device).tril()[None]
-    scores_BHTS = scores_BHTS + torch.where(mask_BTS[:, None], 0.0, float("-inf"))
-    return (scores_BHTS.softmax(-1).to(v_BHSV.dtype) @ v_BHSV).transpose(1, 2)
+        mask_BTS = torch.ones(q_BHTQ.shape[2], k_BHSQ.shape[2], dtype=torch.bool, device=q_BHTQ.device).tril()[None]
+    bias_BTS = torch.where(mask_BTS, 0.0, float("-inf")).to(q_BHTQ.dtype)
+    scores_BHTS = q_BHTQ @ k_BHSQ.transpose(2, 3) + bias_BTS[:, None]
+    return (scores_BHTS.softmax(-1) @ v_BHSV).transpose(1, 2)  # torch sums a BF16 softmax in FP32 and rounds once

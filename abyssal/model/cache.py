@@ -1,4 +1,4 @@
-"""What attention remembers, as flat slots that blocks are carved from. Owns the tensors; `engine/blocks.py` owns the ids.
+"""What attention remembers, as flat slots that blocks are carved from. Owns the tensors; ids are `engine/blocks.py`'s.
 
 One slot holds one token's entry in one layer: the normalised latent and the rotated shared key (MLA), or the keys and
 values of all KV heads (GQA). Slot 0 is nobody's: padding tokens write there.

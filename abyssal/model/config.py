@@ -1,7 +1,7 @@
 """The shape of a model, in DeepSeek's and Hugging Face's own field names. Owns no weights.
 
-One `ModelConfig` describes both families: attention "mla" (DeepSeek V2/V3/R1) or "gqa" (Llama, Qwen2), feed-forward "moe"
-or "dense". Every ablation between them is a config too. Other spellings live in `checkpoint/convert.py` only.
+One `ModelConfig` describes both families: attention "mla" (DeepSeek V2/V3/R1) or "gqa" (Llama, Qwen2), feed-forward
+"moe" or "dense". Every ablation between them is a config too. Other spellings live in `checkpoint/convert.py` only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ DTYPES = ("float32", "bfloat16")
 class RopeScaling:
     """How rotary frequencies stretch beyond the pretraining length.
 
-    yarn: YaRN as in DeepSeek-V2/V3 (frequency blend and mscale). llama3: Llama 3.1's three bands. linear: position / factor.
+    yarn: YaRN as in DeepSeek-V2/V3 (frequency blend and mscale). llama3: Llama 3.1's three bands. linear: position
+    divided by factor.
     """
 
     kind: Literal["yarn", "llama3", "linear"]
@@ -37,7 +38,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Widths are in features, counts in pieces. Fields that the chosen attention or feed-forward does not read stay 0."""
+    """Widths are in features, counts in pieces. What the chosen attention or feed-forward does not read stays 0."""
 
     vocab_size: int
     hidden_size: int
@@ -124,7 +125,7 @@ class ModelConfig:
 
     @property
     def cache_width(self) -> int:
-        """Numbers kept per token and layer: the latent and one rotated key (MLA), or keys and values of all KV heads."""
+        """Numbers kept per token and layer: the latent and one rotated key (MLA), or keys and values of KV heads."""
         if self.attention == "mla":
             return self.kv_lora_rank + self.qk_rope_head_dim
         return 2 * self.num_key_value_heads * self.head_dim

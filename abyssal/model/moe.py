@@ -1,7 +1,7 @@
 """DeepSeekMoE: shared experts that see every token and fine-grained routed ones that are chosen. (V3 section 2.1.2)
 
-Routing is FP32 throughout. The balance bias takes part in choosing and in nothing else; it carries no gradient, lives in
-FP32 (steps of 0.001 would vanish in BF16) and is re-centred after each update.
+Routing is FP32 throughout. The balance bias takes part in choosing and in nothing else; it carries no gradient, lives
+in FP32 (steps of 0.001 would vanish in BF16) and is re-centred after each update.
 Letters: B batch, T tokens, N tokens of the whole batch (B x T), D width, F expert width, E experts, K chosen, G groups.
 """
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from abyssal.kernels.grouped import grouped_matmul
 from abyssal.model.config import ModelConfig
 from abyssal.model.linear import Linear
+
+FEW = (2, 32)  # rows of an expert, on average, between which one BF16 product for all beats one for each
 
 
 class Routing(NamedTuple):
@@ -96,16 +98,39 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
         n_tokens, k = routing.experts_NK.shape
-        flat_X = routing.experts_NK.flatten()  # X = N x K assignments
-        order_X = flat_X.argsort(stable=True)
-        ends_E = torch.bincount(flat_X, minlength=self.down_proj.shape[0]).cumsum(0, dtype=torch.int32)
-        x_XD = x_ND.index_select(0, order_X // k)  # index_select: x[idx] has a slow backward on CPU
-        gate, up = grouped_matmul(x_XD, self.gate_up_proj.to(x_ND.dtype), ends_E).chunk(2, dim=-1)
-        y_XD = grouped_matmul((F.silu(gate) * up).contiguous(), self.down_proj.to(x_ND.dtype), ends_E)
-        back_X = torch.empty_like(order_X)
-        back_X[order_X] = torch.arange(len(order_X), device=order_X.device)
-        y_NKD = y_XD.index_select(0, back_X).view(n_tokens, k, -1)
+        n_experts, mean_count = len(self.down_proj), n_tokens * k // len(self.down_proj)
+        even = x_ND.dtype == torch.bfloat16 and not x_ND.is_cuda and FEW[0] <= mean_count < FEW[1]
+        least = 8 if x_ND.dtype == torch.float32 else 1
+        power = 1 << (mean_count // 16).bit_length() >> 1  # a sixteenth of the mean: little is computed for nothing
+        multiple = None if even else min(max(power, least), 64)
+        places_X, ends_E = padded_places(routing.experts_NK.flatten(), n_experts, 1 if x_ND.is_cuda else multiple)
+        source_P = ends_E.new_zeros(int(ends_E[-1]))  # P rows: assignments, and padding that copies token 0
+        source_P[places_X] = torch.arange(n_tokens * k, dtype=torch.int32, device=x_ND.device) // k
+        x_PD = x_ND.index_select(0, source_P)  # index_select: x[idx] has a slow backward on CPU
+        gate, up = grouped_matmul(x_PD, self.gate_up_proj.to(x_ND.dtype), ends_E, even=even).chunk(2, dim=-1)
+        y_PD = grouped_matmul((F.silu(gate) * up).contiguous(), self.down_proj.to(x_ND.dtype), ends_E, even=even)
+        y_NKD = y_PD.index_select(0, places_X).view(n_tokens, k, -1)  # nobody reads the padding, so it has no gradient
         return (y_NKD * routing.weights_NK[..., None]).sum(1).to(x_ND.dtype)  # weights are FP32: so is the sum
+
+
+def padded_places(experts_X: Tensor, n_experts: int, multiple: int | None) -> tuple[Tensor, Tensor]:
+    """Row of each assignment when they stand sorted by expert, and each expert's end, (X,) and (E,) int32.
+
+    Each expert's rows are filled up to a multiple, or, with None, to as many as the fullest has. On a CPU that pays:
+    oneDNN compiles a kernel for every row count it meets anew, which takes longer than the product itself, so counts
+    must repeat from step to step; and FP32 products give a row the same bits only from 8 rows up.
+    """
+    counts_E = torch.bincount(experts_X, minlength=n_experts)
+    if multiple is None:
+        padded_E = ((counts_E.max() + 7) // 8 * 8).expand(n_experts)
+    else:
+        padded_E = (counts_E + multiple - 1) // multiple * multiple
+    ends_E = padded_E.cumsum(0)
+    order_X = experts_X.argsort(stable=True)
+    shift_E = (ends_E - padded_E) - (counts_E.cumsum(0) - counts_E)  # padding in front of each expert's rows
+    ranks_X = torch.arange(len(order_X), device=order_X.device)
+    places_X = torch.empty_like(order_X).index_copy_(0, order_X, ranks_X + shift_E[experts_X[order_X]])
+    return places_X.to(torch.int32), ends_E.to(torch.int32)
 
 
 class MoE(nn.Module):

@@ -1,6 +1,6 @@
 """Rotary position embedding: frequencies (plain, YaRN, Llama 3, linear) and the rotation itself.
 
-Two layouts: interleaved pairs (x0 x1)(x2 x3).. as in official DeepSeek checkpoints, or rotate-half as in Llama and Qwen.
+Two layouts: interleaved pairs (x0 x1)(x2 x3).. as in official DeepSeek checkpoints, or rotate-half as Llama and Qwen.
 Reading one as the other breaks a checkpoint without an error, so the layout is a config field.
 Letters: B batch, T tokens, H heads, R rotary width.
 """

@@ -124,7 +124,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def inference_copy(self) -> Transformer:
-        """The same model with its weights cast once, as training casts them at each use; itself when nothing needs a cast.
+        """The same model with its weights cast once, as training casts them at each use; itself when none needs it.
 
         Router and norms stay FP32, so the numbers are those of training.
         """

@@ -47,14 +47,20 @@ class AdamW(torch.optim.Optimizer):
         step = int(states[0]["step"])
         assert all(int(s["step"]) == step for s in states), "tensors of one group have taken different numbers of steps"
         beta1, beta2 = group["betas"]
+        if self.moments == torch.float32:  # the same formula in one pass over memory
+            torch._fused_adamw_(
+                params, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
+                [s["step"] for s in states], lr=group["lr"], beta1=beta1, beta2=beta2,
+                weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
+            )  # fmt: skip
+            return
         means = [s["exp_avg"].float() for s in states]
         squares = [s["exp_avg_sq"].float() for s in states]
         torch._foreach_lerp_(means, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        if self.moments != torch.float32:  # FP32 moments were updated in place
-            torch._foreach_copy_([s["exp_avg"] for s in states], means)
-            torch._foreach_copy_([s["exp_avg_sq"] for s in states], squares)
+        torch._foreach_copy_([s["exp_avg"] for s in states], means)
+        torch._foreach_copy_([s["exp_avg_sq"] for s in states], squares)
         denominators = torch._foreach_sqrt(squares)
         torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
         torch._foreach_add_(denominators, group["eps"])

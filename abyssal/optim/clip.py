@@ -10,7 +10,10 @@ from torch import Tensor
 
 @torch.no_grad()
 def clip_gradients(params: Iterable[Tensor], max_norm: float) -> float:
-    """Scale all gradients so that their joint norm is at most `max_norm`; returns the norm before. NaN or infinity raises."""
+    """Scale all gradients so that their joint norm is at most `max_norm`; returns the norm before.
+
+    A norm that is NaN or infinite raises.
+    """
     grads = [p.grad for p in params if p.grad is not None]
     norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
     if norm != norm or norm == float("inf"):

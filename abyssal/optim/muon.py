@@ -1,7 +1,7 @@
-"""Muon: momentum made orthogonal, for matrices only. (Jordan et al. 2024; update RMS of 0.2 as in Moonlight, section 2.2)
+"""Muon: momentum made orthogonal, for matrices only. (Jordan et al. 2024; update RMS of 0.2: Moonlight, section 2.2)
 
-Each matrix's step is the momentum with all its singular values pushed to about one, by Newton-Schulz iterations. Matrices
-of one shape are stacked, experts included, so that a step is a handful of batched matmuls.
+Each matrix's step is the momentum with all its singular values pushed to about one, by Newton-Schulz iterations.
+Matrices of one shape are stacked, experts included, so that a step is a handful of batched matmuls.
 Letters: X matrices of one shape, M rows, N columns.
 """
 
@@ -31,7 +31,7 @@ def orthogonalize(g_XMN: Tensor, *, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For parameters of two dimensions, or three when the first one counts experts. Everything else belongs to AdamW."""
+    """For parameters of two dimensions, or three when the first one counts experts. The rest belongs to AdamW."""
 
     def __init__(
         self,

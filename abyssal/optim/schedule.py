@@ -15,7 +15,7 @@ def learning_rate(
     stable: float = 0.7,
     floor: float = 0.1,
 ) -> float:
-    """Linear warm-up, then: "wsd" constant until `stable` of the way, cosine to `floor`; "cosine" from the start; or flat.
+    """Linear warm-up, then: "wsd" flat until `stable` of the way, cosine to `floor`; "cosine" at once; or flat.
 
     V3 warms up for 2000 steps, is constant to two thirds and falls by cosine to a tenth.
     """

@@ -34,7 +34,9 @@ def measure(
     recorder: Recorder,
 ) -> dict[str, Any]:
     """Leaves results.json and traces.json; a checkpoint that is already in results.json is not measured again."""
-    problems = [stream.at(1_000_000 + i, "held_out") for i in range(config.problems)]  # not those that RL looks at
+    # a list of the user's own is asked once through: the same problem twice would only narrow the intervals
+    n_problems = min(config.problems, len(stream.own_held_out) or config.problems)
+    problems = [stream.at(1_000_000 + i, "held_out") for i in range(n_problems)]  # not those that RL looks at
     strangers = [] if stream.own else never_trained(source, config, seed)
     partial_path, traces_path = stage_dir / "results.json", stage_dir / "traces.json"
     results: dict[str, Any] = json.loads(partial_path.read_text()) if partial_path.is_file() else {"checkpoints": {}}
@@ -52,7 +54,7 @@ def measure(
             results["checkpoints"][name] = {
                 "overall": result.overall,
                 "family": families,
-                "per_problem": result.per_problem,
+                "per_problem": plain_all(result.per_problem),
             }
             add_traces(traces, name, result)
             add_gains(results["checkpoints"])

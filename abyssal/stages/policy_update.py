@@ -65,9 +65,13 @@ def answer_batch(
         begin = start + len(rollout.completion.prompt_ids)
         span = slice(begin, begin + len(rollout.completion.ids))
         old_logp[row, span], advantage[row, span], answer[row, span] = rollout.completion.logps, advantages[i], i
-    batch = Batch(*(t.to(device) for t in (packed.ids_BT, packed.mask_BT, packed.segment_BT, packed.position_BT)))
-    values = (torch.from_numpy(array).to(device) for array in (old_logp, advantage, answer))
-    return AnswerBatch(batch, *values, n_answers=len(rollouts))
+    return AnswerBatch(
+        batch=Batch(packed.ids_BT, packed.mask_BT, packed.segment_BT, packed.position_BT).to(device),
+        old_logp_BT=torch.from_numpy(old_logp).to(device),
+        advantage_BT=torch.from_numpy(advantage).to(device),
+        answer_BT=torch.from_numpy(answer).to(device),
+        n_answers=len(rollouts),
+    )
 
 
 def update_policy(
@@ -94,10 +98,19 @@ def update_policy(
             )
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value / len(chunks)
-        grad_norm = clip_gradients(state.model.parameters(), config.clip_gradient)
+        policy, drafts = apart(state.model)
+        grad_norm = clip_gradients(policy, config.clip_gradient)
+        if drafts:
+            clip_gradients(drafts, config.clip_gradient)
         totals["grad_norm"] = totals.get("grad_norm", 0.0) + grad_norm / len(chunks)
         apply_step(state.optimizers, lr_fraction)
     return totals
+
+
+def apart(model: Transformer) -> tuple[list[Tensor], list[Tensor]]:
+    """The policy's parameters, and those of MTP modules with a gradient: its size must not shrink the policy's step."""
+    policy: list[Tensor] = [p for name, p in model.named_parameters() if not name.startswith("mtp.")]
+    return policy, [p for p in model.mtp.parameters() if p.grad is not None]
 
 
 def _backward(
@@ -111,7 +124,7 @@ def _backward(
     n_tokens: int,
 ) -> dict[str, float]:
     """Gradients of some rows; their loss is already their share of the minibatch's mean."""
-    piece = Batch(*(None if part is None else part[rows] for part in answers.batch))
+    piece = answers.batch.rows(rows)
     target_BT = piece.mask_BT
     hidden_BTD = model.hidden(piece.ids_BT, positions_BT=piece.positions_BT, segments_BT=piece.segments_BT)
     places_N = target_BT.flatten().nonzero()[:, 0] - 1  # the place before predicts; an answer never opens a row

@@ -1,8 +1,8 @@
 """Stage `pretrain`: a V3-shaped base from rows of tokens. (DeepSeek-V3 sections 2 and 4.2)
 
-MLA and DeepSeekMoE with auxiliary-loss-free balancing, multi-token prediction, Muon or AdamW, a rate that is constant and
-then falls. The balance bias is moved once per optimizer step by the loads of the whole batch, however many pieces it
-was computed in.
+MLA and DeepSeekMoE with auxiliary-loss-free balancing, multi-token prediction, Muon or AdamW, a rate that is constant
+and then falls. The balance bias is moved once per optimizer step by the loads of the whole batch, however many pieces
+it was computed in.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from abyssal.model.transformer import Transformer
 from abyssal.optim.clip import clip_gradients
 from abyssal.optim.schedule import learning_rate
 from abyssal.record import memory_gb
-from abyssal.stages.objective import Batch, Losses, language_loss
+from abyssal.stages.objective import Batch, Losses, add_losses, language_loss
 from abyssal.stages.schedule_points import RecorderAt, due
 from abyssal.stages.state import TrainState, apply_step, build_optimizers, resume_state, save_state
 from abyssal.tokens.tokenizer import Tokenizer
@@ -87,13 +87,13 @@ def pretrain(
         for step in range(state.step, config.steps):
             began = time.perf_counter()
             batch = as_batch(*loader.next(), eos_id=tokenizer.eos_id, isolate=config.isolate, device=device)
-            losses, loads = backward(model, batch, config, step)
+            losses = backward(model, batch, config, step)
             grad_norm = clip_gradients(model.parameters(), config.clip)
             lr = learning_rate(
                 step, config.steps, warmup=config.warmup, shape="wsd", stable=config.stable, floor=config.floor
             )
             apply_step(state.optimizers, lr)
-            balance(model, loads, config, step)
+            balance(model, losses.loads, config, step)
             state.step, state.tokens = step + 1, state.tokens + batch.ids_BT.numel()
 
             time_s = time.perf_counter() - began
@@ -103,9 +103,9 @@ def pretrain(
                 "balance_loss": losses.balance,
                 "grad_norm": grad_norm,
                 "lr": lr * config.lr,
-                "tokens": state.tokens,
+                "tokens": batch.ids_BT.numel(),
                 "tokens_per_s": batch.ids_BT.numel() / time_s,
-                "max_violation": max((max_violation(load) for load in loads), default=None),
+                "max_violation": max((max_violation(load) for load in losses.loads), default=None),
                 "memory_gb": memory_gb(),
                 "time_s": time_s,
             }
@@ -129,24 +129,19 @@ def as_batch(ids_BT: Tensor, mask_BT: Tensor, *, eos_id: int, isolate: bool, dev
     return Batch(ids_BT.to(device), mask_BT.to(device), segments_BT)
 
 
-class Backward(NamedTuple):
-    losses: Losses
-    loads: list[Tensor]
-
-
-def backward(model: Transformer, batch: Batch, config: PretrainConfig, step: int) -> Backward:
-    """Gradients of the mean loss of the batch, in micro-batches; loads are summed over all of them."""
+def backward(model: Transformer, batch: Batch, config: PretrainConfig, step: int) -> Losses:
+    """Gradients of the mean loss of the batch, in micro-batches whose losses and loads add up to the whole's."""
     mtp_weight = config.mtp_weight if step < config.stable * config.steps else config.mtp_weight_late
     micro = config.micro_rows or len(batch.ids_BT)
-    n_micro = len(batch.ids_BT) // micro
-    loads: list[Tensor] = []
-    for k in range(n_micro):
-        rows = slice(k * micro, (k + 1) * micro)
-        piece = Batch(*(None if part is None else part[rows] for part in batch))
-        losses = language_loss(model, piece, mtp_weight=mtp_weight, balance_weight=config.balance_weight)
-        (losses.total / n_micro).backward()
-        loads = [a + b for a, b in zip(loads, losses.loads, strict=True)] if loads else losses.loads
-    return Backward(losses, loads)
+    parts: list[Losses] = []
+    for first in range(0, len(batch.ids_BT), micro):
+        piece = batch.rows(slice(first, first + micro))
+        losses = language_loss(
+            model, piece, mtp_weight=mtp_weight, balance_weight=config.balance_weight, whole=batch
+        )
+        losses.total.backward()
+        parts.append(losses._replace(total=losses.total.detach()))  # its graph is not needed any more
+    return add_losses(parts)
 
 
 def balance(model: Transformer, loads: list[Tensor], config: PretrainConfig, step: int) -> None:

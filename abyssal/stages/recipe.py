@@ -67,6 +67,13 @@ class Recipe:
     rl_data: RlDataConfig = field(default_factory=RlDataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
+    def __post_init__(self) -> None:
+        if self.student_pretrain.row_len % self.pretrain.row_len:
+            raise ValueError(
+                f"student_pretrain.row_len={self.student_pretrain.row_len} is no multiple of pretrain.row_len="
+                f"{self.pretrain.row_len}: it would cut the problems, which stand whole in rows of that length"
+            )
+
     @property
     def directory(self) -> Path:
         return Path(self.run.out) / self.run.name

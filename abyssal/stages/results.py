@@ -34,7 +34,7 @@ def results_table(checkpoints: dict[str, Any]) -> Table:
         table.add_row(
             name,
             percent(row["accuracy"]),
-            f"{percent(row['ci_low'])} to {percent(row['ci_high'])}",
+            f"{100 * row['ci_low']:.0f} to {100 * row['ci_high']:.0f} %",
             percent(row["cons_at_k"]),
             percent(row["think_share"]),
             f"{row['length']:.0f}",

@@ -1,8 +1,9 @@
 """Stages `zero`, `reason` and `align`: reinforcement learning with GRPO. (DeepSeekMath section 4; R1 section 2.2)
 
-Draw G answers to each of P problems with the engine, on the trainer's own weights; grade them by rules; compare each with
-its group; one clipped step. R1-Zero starts from the base and knows accuracy and form alone; later stages add language.
-The form reward pays for well-formed answers with or without thinking: if thinking grows, it is because it is right more often.
+Draw G answers to each of P problems with the engine, on the trainer's own weights; grade them by rules; compare each
+with its group; one clipped step. R1-Zero starts from the base and knows accuracy and form alone; later stages add
+language. The form reward pays for well-formed answers with or without thinking: if thinking grows, it is because it is
+right more often.
 Letters: P problems, G answers per problem, A answers (P x G), B rows, T tokens, N answer tokens.
 """
 
@@ -64,6 +65,7 @@ class Groups(NamedTuple):
     grades: list[Grade]
     rewards_PG: torch.Tensor
     valid_PG: torch.Tensor
+    reward_s: float  # spent on grading
 
 
 def reinforce(
@@ -131,7 +133,8 @@ def reinforce(
                 "flip_share": gap.flip_share,
                 "lr": lr * config.lr,
                 "tokens": n_tokens,
-                "rollout_s": drawn - began,
+                "rollout_s": drawn - began - groups.reward_s,
+                "reward_s": groups.reward_s,
                 "update_s": updated - drawn,
                 "memory_gb": memory_gb(),
             }
@@ -162,9 +165,10 @@ def draw_groups(
     *,
     seed: int,
 ) -> Groups:
-    """P graded groups. With dynamic sampling, groups that are all right or all wrong are replaced, at most four times over."""
+    """P graded groups. With dynamic sampling, groups all right or all wrong are drawn anew, at most three times."""
     rollouts: list[Rollout] = []
     grades: list[Grade] = []
+    reward_s = 0.0
     for attempt in range(4 if config.dynamic_sampling else 1):
         n_missing = config.problems - len(grades) // config.answers
         first = state.extra["next_problem"]
@@ -173,17 +177,19 @@ def draw_groups(
         drawn = sample_answers(
             engine, tokenizer, problems, answers_per_problem=config.answers, params=params, seed=seed * 4 + attempt
         )
+        began = time.perf_counter()
         graded = grade(drawn, verifiers, tokenizer)
+        reward_s += time.perf_counter() - began
         last = attempt == 3 or not config.dynamic_sampling
         for g in range(0, len(drawn), config.answers):
             group = slice(g, g + config.answers)
-            if last or len({grade.accuracy for grade in graded[group]}) > 1:
+            if last or len({grade.accuracy for grade in graded[group]} - {None}) > 1:
                 rollouts += drawn[group]
                 grades += graded[group]
         if len(grades) == config.problems * config.answers:
             break
     rewards = torch.tensor([reward(grade, config) for grade in grades]).view(config.problems, config.answers)
-    return Groups(rollouts, grades, rewards, ~rewards.isnan())
+    return Groups(rollouts, grades, rewards, ~rewards.isnan(), reward_s)
 
 
 def reward(grade: Grade, config: RlConfig) -> float:
@@ -199,9 +205,11 @@ def reward(grade: Grade, config: RlConfig) -> float:
 
 def learnable(groups: Groups, *, divide_by_std: bool) -> tuple[list[Rollout], list[float]]:
     """The answers whose advantage is not zero, and their advantages."""
-    advantages_A = group_advantages(groups.rewards_PG, valid_PG=groups.valid_PG, divide_by_std=divide_by_std).flatten()
-    spread_P1 = (groups.rewards_PG.nan_to_num(0) - groups.rewards_PG.nan_to_num(0)[:, :1]).abs().amax(1, keepdim=True)
-    varied_A = ((spread_P1 > 1e-6) & groups.valid_PG).flatten()
+    rewards_PG, valid_PG = groups.rewards_PG, groups.valid_PG
+    advantages_A = group_advantages(rewards_PG, valid_PG=valid_PG, divide_by_std=divide_by_std).flatten()
+    highest_P1 = rewards_PG.masked_fill(~valid_PG, -torch.inf).amax(1, keepdim=True)
+    lowest_P1 = rewards_PG.masked_fill(~valid_PG, torch.inf).amin(1, keepdim=True)
+    varied_A = ((highest_P1 - lowest_P1 > 1e-6) & valid_PG).flatten()
     kept = varied_A.nonzero()[:, 0].tolist()
     return [groups.rollouts[i] for i in kept], advantages_A[varied_A].tolist()
 

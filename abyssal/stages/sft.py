@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from abyssal.data.pack import Example, PackedRows, pack_isolated
+from abyssal.data.pack import Example, pack_isolated
 from abyssal.loss.balance import max_violation
 from abyssal.model.transformer import Transformer
 from abyssal.optim.clip import clip_gradients
@@ -57,7 +57,7 @@ def fine_tune(
     """Leaves `stage_dir`/checkpoint; continues from it if there is one."""
     examples = [Example(*render(conversation, tokenizer)) for conversation in conversations]
     epochs = [packed_epoch(examples, config, tokenizer, seed=seed, epoch=epoch) for epoch in range(config.epochs)]
-    batches = [(packed, rows) for packed in epochs for rows in torch.arange(len(packed.ids_BT)).split(config.rows)]
+    batches = [epoch.rows(rows) for epoch in epochs for rows in torch.arange(len(epoch.ids_BT)).split(config.rows)]
     optimizers = build_optimizers(
         model, kind=config.optimizer, lr=config.lr, adamw_lr=config.adamw_lr, weight_decay=config.weight_decay
     )
@@ -68,7 +68,7 @@ def fine_tune(
     with recorder_at(state.step) as recorder:
         for step in range(state.step, len(batches)):
             began = time.perf_counter()
-            batch = rows_of(*batches[step], device=device)
+            batch = batches[step].to(device)
             losses = language_loss(model, batch, mtp_weight=config.mtp_weight, balance_weight=0.0)
             losses.total.backward()
             grad_norm = clip_gradients(model.parameters(), config.clip)
@@ -103,7 +103,7 @@ def fine_tune(
 
 def packed_epoch(
     examples: list[Example], config: SftConfig, tokenizer: Tokenizer, *, seed: int, epoch: int
-) -> PackedRows:
+) -> Batch:
     """Examples in a new order, packed in pools so that best-fit does not sort the whole epoch by length."""
     order = list(range(len(examples)))
     random.Random(f"sft {seed} {epoch}").shuffle(order)
@@ -112,16 +112,9 @@ def packed_epoch(
         pack_isolated([examples[i] for i in order[k : k + pool]], row_len=config.row_len, pad_id=tokenizer.pad_id)
         for k in range(0, len(order), pool)
     ]
-    return PackedRows(
-        *(
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("ids_BT", "mask_BT", "segment_BT", "position_BT")
-        ),
-        places=[],
-        n_dropped=0,
+    return Batch(
+        torch.cat([part.ids_BT for part in parts]),
+        torch.cat([part.mask_BT for part in parts]),
+        torch.cat([part.segment_BT for part in parts]),
+        torch.cat([part.position_BT for part in parts]),
     )
-
-
-def rows_of(packed: PackedRows, rows: torch.Tensor, *, device: torch.device) -> Batch:
-    tensors = (packed.ids_BT, packed.mask_BT, packed.segment_BT, packed.position_BT)
-    return Batch(*(tensor[rows].to(device) for tensor in tensors))

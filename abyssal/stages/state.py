@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from abyssal.checkpoint.resume import TrainerState, has_trainer, load_trainer
 from abyssal.checkpoint.save import save_checkpoint
@@ -32,8 +33,9 @@ class TrainState:
 def build_optimizers(
     model: Transformer, *, kind: Literal["muon", "adamw"], lr: float, adamw_lr: float, weight_decay: float
 ) -> dict[str, torch.optim.Optimizer]:
-    """ "muon": Muon at `lr` for matrices inside blocks, AdamW at `adamw_lr` for the rest. "adamw": AdamW at `adamw_lr`."""
-    matrices, vectors = [], []
+    """ "muon": Muon at `lr` for matrices inside blocks, AdamW at `adamw_lr` for the rest. "adamw": AdamW for all."""
+    matrices: list[tuple[str, Tensor]] = []
+    vectors: list[tuple[str, Tensor]] = []
     for name, parameter in model.named_parameters():
         inside = kind == "muon" and parameter.ndim >= 2 and not any(part in name for part in NOT_MUON)
         (matrices if inside else vectors).append((name, parameter))

@@ -1,7 +1,7 @@
 """Sampling traces from a checkpoint and keeping the good ones, with every refusal counted. (R1 sections 2.3.1, 2.3.3)
 
-`cold_start` keeps readable right answers of R1-Zero, `reject` the best of dev2 beside general data, `distil` those of R1.
-The kept conversations are written to traces.jsonl as `messages`, the form a user's own SFT data has.
+`cold_start` keeps readable right answers of R1-Zero, `reject` the best of dev2 beside general data, `distil` those of
+R1. The kept conversations are written to traces.jsonl as `messages`, the form a user's own SFT data has.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def sample_traces(
                 "tokens": sum(len(r.completion.ids) for r in rollouts),
             },
         )
-    refused = ", ".join(f"{reason} {n}" for reason, n in counts.most_common())
+    refused = ", ".join(f"{reason} {n}" for reason, n in counts.most_common() if n)
     recorder.log(f"kept {len(kept)} of {config.problems * config.answers} traces; refused: {refused or 'none'}")
     if len(kept) < config.least:
         raise ValueError(

@@ -27,7 +27,7 @@ from abyssal.data.user_examples import read_conversations, read_user_problems
 from abyssal.data.worked import right_content, write_thinking
 from abyssal.engine.engine import Engine
 from abyssal.evals.page import write_report
-from abyssal.machine import resolve_device, set_threads
+from abyssal.machine import keep_freed_memory, resolve_device, set_threads
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
 from abyssal.record import Recorder
@@ -53,20 +53,23 @@ CHECKPOINTS = {
     "align": "r1",
     "distil": "student",
 }
-# what must have been settled before a stage runs: the sections of the recipe that reach into it
-READS = {
+# the sections of the recipe that a stage reads, where they are not its own and rl_data
+READS: dict[str, tuple[str, ...]] = {
     "tokenize": ("tokenizer", "data"),
     "pretrain": ("model", "pretrain"),
-    "distil": ("student", "student_pretrain", "distil"),
+    "distil": ("student", "student_pretrain", "distil", "rl_data"),
+    "report": (),
 }
 FIRST_PROBLEM = {
-    "zero": 0,
+    "zero": 5_000_000,
     "cold_start": 10_000_000,
     "reason": 20_000_000,
     "reject": 30_000_000,
     "align": 40_000_000,
     "distil": 50_000_000,
-}  # stages draw from parts of the problem stream that do not overlap
+}  # stages draw from parts of the problem stream that do not overlap; pretraining has its beginning
+# what a stage leaves behind that a later start takes up
+LEFT_BEHIND = ("checkpoint", "checkpoint.old", "traces.jsonl", "base", "results.json", "done.json")
 
 
 @dataclass(frozen=True)
@@ -98,18 +101,23 @@ class Run:
         )
 
     def stream(self, config_instructions: float = 0.0) -> ProblemStream:
-        own = self.recipe.rl_data
-        return ProblemStream(
-            source=replace(self.recipe.data.problems, instruction_share=config_instructions),
-            seed=self.recipe.run.seed,
-            own=tuple(read_user_problems(own.train)) if own.train else (),
-            own_held_out=tuple(read_user_problems(own.held_out)) if own.held_out else (),
-        )
+        files = self.recipe.rl_data
+        own = tuple(read_user_problems(files.train)) if files.train else ()
+        own_held_out = tuple(read_user_problems(files.held_out)) if files.held_out else ()
+        trained_on = {problem.key for problem in own}
+        if both := [problem.prompt for problem in own_held_out if problem.key in trained_on]:
+            raise ValueError(
+                f"{len(both)} problems of {files.held_out} stand in {files.train} too, first {both[0][:80]!r}; "
+                f"take them out of one: what is trained on measures nothing"
+            )
+        source = replace(self.recipe.data.problems, instruction_share=config_instructions)
+        return ProblemStream(source=source, seed=self.recipe.run.seed, own=own, own_held_out=own_held_out)
 
 
 def open_run(recipe: Recipe, console: Console) -> Run:
     """The run directory with its recipe; a recipe that differs where stages have already run is refused."""
     set_threads(recipe.run.threads or None)
+    keep_freed_memory()
     run = Run(recipe, recipe.directory, resolve_device(recipe.run.device), console)
     saved = run.directory / "recipe.toml"
     if saved.is_file():
@@ -122,18 +130,29 @@ def open_run(recipe: Recipe, console: Console) -> Run:
 def check_same(old: dict[str, Any], new: dict[str, Any], run: Run) -> None:
     """Sections that a finished or begun stage has read must not change under it."""
     for stage in STAGES:
-        if run.stage_dir(stage).exists():
-            for section in READS.get(stage, (stage,)):
-                if old.get(section) != new.get(section):
+        if any((run.stage_dir(stage) / name).exists() for name in LEFT_BEHIND):
+            was, wanted = settled(old, stage), settled(new, stage)
+            for name in wanted:
+                if was[name] != wanted[name]:
                     raise ValueError(
-                        f"{run.directory} was begun with another [{section}]; give this run another name "
+                        f"{run.directory} was begun with another {name}; give this run another name "
                         f"(--run.name) or delete {run.stage_dir(stage)} and what follows it"
                     )
+
+
+def settled(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
+    """What of a recipe a stage has read."""
+    read = {f"[{section}]": recipe.get(section) for section in READS.get(stage, (stage, "rl_data"))}
+    read["run.seed"] = recipe["run"]["seed"]
+    if stage == "tokenize":  # it lays the mix out in rows of this length
+        read["pretrain.row_len"] = recipe["pretrain"]["row_len"]
+    return read
 
 
 def walk(run: Run, stages: tuple[str, ...] = STAGES) -> None:
     """Each stage in turn; finished ones are named and passed over."""
     with Verifiers() as verifiers:
+        check_own_data(run, verifiers)
         for stage in stages:
             if (run.stage_dir(stage) / "done.json").is_file():
                 run.console.print(
@@ -145,6 +164,19 @@ def walk(run: Run, stages: tuple[str, ...] = STAGES) -> None:
             summary = STEPS[stage](run, stage, verifiers)
             done = {"stage": stage, "seconds": round(time.time() - began, 1), **machine(run), **summary}
             write_whole(run.stage_dir(stage) / "done.json", json.dumps(done, indent=2) + "\n")
+            if stage in CHECKPOINTS:  # an evaluation or a report from before is out of date
+                for later in ("eval", "report"):
+                    (run.stage_dir(later) / "done.json").unlink(missing_ok=True)
+
+
+def check_own_data(run: Run, verifiers: Verifiers) -> None:
+    """The user's own files and rewards, before hours are spent on the stages ahead of them."""
+    stream = run.stream()
+    for verifier in {problem.verifier for problem in (*stream.own, *stream.own_held_out)}:
+        verifiers.check(verifier)
+    for config in (run.recipe.cold_start, run.recipe.reject, run.recipe.distil):
+        if config.data:
+            read_conversations(config.data)
 
 
 def run_tokenize(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
@@ -178,15 +210,12 @@ def run_pretrain(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
 
 def run_rl(run: Run, stage: str, verifiers: Verifiers, *, start: str) -> dict[str, Any]:
     config: RlConfig = getattr(run.recipe, stage)
-    stream = run.stream(config.instruction_share)
-    for problem in (*stream.own, *stream.own_held_out):
-        verifiers.check(problem.verifier)
     reinforce(
         run.stage_dir(stage),
         config=config,
         model=run.load(start, config.dtype),
         tokenizer=run.tokenizer(),
-        stream=stream,
+        stream=run.stream(config.instruction_share),
         first_problem=FIRST_PROBLEM[stage],
         verifiers=verifiers,
         seed=seed_of(run, stage),
@@ -234,6 +263,8 @@ def run_traced_sft(run: Run, stage: str, verifiers: Verifiers, *, teacher: str, 
 
 def run_eval(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
     names = [name for stage_, name in CHECKPOINTS.items() if (run.stage_dir(stage_) / "done.json").is_file()]
+    if not names:
+        raise ValueError(f"{run.directory} has no checkpoint to evaluate yet; run `abyssal pretrain` first")
     with run.recorder_at(stage)(0) as recorder:
         measure(
             run.stage_dir(stage),

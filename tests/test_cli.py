@@ -1,0 +1,221 @@
+"""The command line: what a user can get wrong ends in one line on stderr and a status that is not 0."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import small_model
+
+from abyssal import cli
+from abyssal.checkpoint.save import save_checkpoint
+from abyssal.stages.way import STAGES
+from abyssal.tokens.bpe import train_bpe
+from abyssal.tokens.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+MICRO = Path(__file__).with_name("micro.toml")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In several shards."""
+    tokenizer = Tokenizer(train_bpe(["one plus two is three"] * 20, vocab_size=300))
+    model = small_model("mla_moe_query_latent", vocab_size=tokenizer.vocab_size)
+    path = tmp_path_factory.mktemp("made") / "base"
+    save_checkpoint(path, model, tokenizer, max_shard_bytes=40_000)
+    assert len(list(path.glob("model-*.safetensors"))) > 1
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a corpus and problems, where the user stands."""
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("one plus two is three\n" * 50)
+    for name in ("own_train", "own_held_out"):
+        line = f'{{"prompt": "{name}?", "answer": "1", "verifier": "exact"}}\n'
+        (tmp_path / f"{name}.jsonl").write_text(line)
+    (tmp_path / "own_sft.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "1"}]}\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def error_of(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    """Run `abyssal ARGUMENTS` in this process; what stands on stderr must be one line, the error."""
+    monkeypatch.setattr(sys, "argv", ["abyssal", *map(str, arguments)])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capfd.readouterr().err
+    assert end.value.code == 1
+    assert said.startswith("error: ") and said.count("\n") == 1 and said.endswith("\n"), said
+    return said
+
+
+@pytest.fixture
+def fails(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    return lambda *arguments: error_of(capfd, monkeypatch, *arguments)
+
+
+def changed(home: Path, old: str, new: str) -> Path:
+    """The micro recipe with one change."""
+    text = MICRO.read_text(encoding="utf-8")
+    assert old in text
+    path = home / "changed.toml"
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    return path
+
+
+def test_an_unknown_key_is_named_with_its_neighbours(home, fails):
+    said = fails("run", changed(home, "steps = 60", "step = 60"))
+    assert "changed.toml" in said and "unknown key pretrain.step" in said and "steps" in said
+    assert not (home / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        (("--pretrain.step", "3"), "--pretrain.step"),
+        (("--pretrain.steps", "many"), "--pretrain.steps"),
+        (("--pretrain.dtype", "float16"), "--pretrain.dtype"),
+        (("--zero.temperature", "-1"), "temperature=-1"),
+    ],
+)
+def test_an_override_that_is_wrong_is_named(home, fails, override, named):
+    assert named in fails("run", MICRO, *override)
+
+
+def test_an_unknown_command_names_those_there_are(fails):
+    said = fails("pretrian", "runs/laptop.toml")
+    assert "unknown command 'pretrian'" in said and all(stage in said for stage in STAGES)
+
+
+def test_a_recipe_that_is_not_there(fails):
+    assert "nothing.toml does not exist" in fails("run", "nothing.toml")
+    assert "name a recipe" in fails("run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has the device that must not be there")
+def test_a_device_that_is_not_there_writes_nothing(home, fails):
+    said = fails("run", MICRO, "--run.device", "cuda")
+    assert "device='cuda' is not there" in said and "use 'cpu' or 'auto'" in said
+    assert not (home / "out").exists()
+    assert "device='tpu'" in fails("run", MICRO, "--run.device", "tpu")
+
+
+def test_an_empty_corpus_leaves_nothing_half_written_and_can_be_put_right(home, fails):
+    (home / "corpus" / "a.txt").unlink()
+    said = fails("run", MICRO)
+    assert "corpus" in said
+    left = {path.name for path in (home / "out" / "micro").rglob("*") if path.is_file()}
+    assert left <= {"recipe.toml", "metrics.jsonl", "samples.jsonl", "log.txt"}
+    # another corpus is no change of a run in which nothing has been made yet
+    said = fails("run", MICRO, "--data.corpus", "elsewhere")
+    assert "elsewhere" in said and "was begun with" not in said
+
+
+def test_own_files_are_checked_before_the_first_stage(home, fails):
+    said = fails("run", changed(home, "own_train.jsonl", "gone.jsonl"))
+    assert "gone.jsonl" in said
+    (home / "own_sft.jsonl").write_text('{"messages": []}\n')
+    assert "own_sft.jsonl" in fails("run", MICRO)
+    shutil.copy(home / "own_train.jsonl", home / "own_held_out.jsonl")
+    said = fails("run", MICRO)
+    assert "1 problems of own_held_out.jsonl stand in own_train.jsonl too" in said
+    (home / "own_train.jsonl").write_text('{"prompt": "?", "answer": "1", "verifier": "no_such_module:score"}\n')
+    assert "no_such_module" in fails("run", MICRO)
+    assert not (home / "out" / "micro" / "tokenize").exists()
+
+
+def test_a_stage_before_its_turn(home, fails):
+    assert "tokenizer.json is missing" in fails("pretrain", MICRO)
+    assert "no checkpoint to evaluate yet" in fails("eval", MICRO)
+    assert not list((home / "out").rglob("done.json"))
+
+
+def broken(checkpoint: Path, home: Path) -> Path:
+    path = home / "broken"
+    shutil.copytree(checkpoint, path)
+    return path
+
+
+def test_a_truncated_shard(checkpoint, home, fails):
+    path = broken(checkpoint, home)
+    shard = sorted(path.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    said = fails("chat", path, "--prompt", "hello")
+    assert shard.name in said and "truncated or damaged" in said and "copy that file again" in said
+
+
+def test_a_missing_shard(checkpoint, home, fails):
+    path = broken(checkpoint, home)
+    shard = sorted(path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    said = fails("chat", path, "--prompt", "hello")
+    assert shard.name in said and "is missing" in said and "copy it again" in said
+
+
+def test_a_prompt_longer_than_the_context(checkpoint, fails):
+    said = fails("chat", checkpoint, "--prompt", "one plus two " * 100)
+    assert "leaves no room for an answer in a context of 64; shorten it" in said
+
+
+def test_a_folder_that_is_no_checkpoint(home, fails):
+    said = fails("chat", home / "out" / "micro" / "r1")
+    assert "is no checkpoint" in said and "student" in said
+    assert "Missing" in fails("chat")
+
+
+def test_sampling_settings_that_make_no_sense(checkpoint, fails):
+    assert "temperature=-1.0 is negative" in fails("chat", checkpoint, "--prompt", "x", "--temperature", "-1")
+    assert "max_tokens=0" in fails("chat", checkpoint, "--prompt", "x", "--max-tokens", "0")
+
+
+def test_a_prompt_is_answered_and_that_is_all(checkpoint, capsys):
+    assert cli.dispatch(["chat", str(checkpoint), "--prompt", "one plus", "--max-tokens", "5"]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() and said.err == ""
+
+
+def test_a_checkpoint_goes_by_its_path_or_by_run_and_name(checkpoint, home):
+    assert cli.resolve_checkpoint(checkpoint) == checkpoint
+    stage = home / "out" / "laptop" / "align"
+    stage.mkdir(parents=True)
+    shutil.copytree(checkpoint, stage / "checkpoint")
+    for name in ("r1", "align", "align/checkpoint"):
+        assert cli.resolve_checkpoint(home / "out" / "laptop" / name) == stage / "checkpoint"
+    os.rename(stage / "checkpoint", stage / "checkpoint.old")  # a swap that was cut in two
+    assert (cli.resolve_checkpoint(home / "out" / "laptop" / "r1")).name == "checkpoint"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_names_every_stage(arguments, capsys):
+    assert cli.dispatch(arguments) == 0
+    said = capsys.readouterr().out
+    assert all(stage in said for stage in STAGES)
+
+
+def test_help_of_a_command_is_no_error(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.dispatch(["chat", "--help"])
+    assert end.value.code == 0 and "--temperature" in capsys.readouterr().out
+
+
+def test_a_process_of_its_own_ends_with_one_line_and_status_1(home):
+    """Nothing else, no traceback and no warning, reaches the screen."""
+    path = changed(home, "[eval]\nproblems = 6", "[eval]\nproblem = 6")
+    found = subprocess.run(
+        [sys.executable, "-P", "-m", "abyssal.cli", "run", str(path)],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert found.returncode == 1 and found.stdout == ""
+    assert re.fullmatch(r"error: \S*changed\.toml: unknown key eval\.problem; .*problems.*\n", found.stderr)

@@ -1,0 +1,94 @@
+"""Recipes: what they may say, what is refused with the name of the key, and that writing one loses nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from abyssal.data.problems import ProblemSource
+from abyssal.model.config import ModelConfig, RopeScaling
+from abyssal.stages.recipe import Recipe, from_dict, read_recipe, to_toml
+
+RUNS = sorted((Path(__file__).parents[1] / "runs").glob("*.toml"))
+MODEL: dict[str, Any] = {
+    "vocab_size": 512, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+    "attention": "gqa", "feed_forward": "dense", "num_key_value_heads": 1, "head_dim": 8,
+}  # fmt: skip
+
+
+def recipe_of(**sections: Any) -> Recipe:
+    return from_dict(Recipe, {"model": MODEL, "student": MODEL} | sections, "")
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "r.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
+def test_writing_and_reading_gives_the_same_recipe(path: Path, tmp_path: Path):
+    recipe = read_recipe(path)
+    assert read_recipe(written(tmp_path, to_toml(recipe))) == recipe
+
+
+def test_the_round_trip_keeps_what_is_hard_to_spell(tmp_path: Path):
+    recipe = recipe_of(
+        run={"name": 'a "quoted" \\ name', "out": "größer/所以"},
+        zero={"lr": 1e-05, "dynamic_sampling": True, "grpo": {"kl_weight": 0}},
+        data={"problems": {"families": {"chain": 1, "reasoning_gym:gcd": 0.5}, "levels_of": {"chain": [2, 9]}}},
+    )
+    scaling = RopeScaling(kind="yarn", factor=4.0)
+    recipe = replace(recipe, model=ModelConfig(**MODEL | {"rope_scaling": scaling}))
+    assert read_recipe(written(tmp_path, to_toml(recipe))) == recipe
+    assert recipe.data.problems == ProblemSource(
+        families={"chain": 1.0, "reasoning_gym:gcd": 0.5}, levels_of={"chain": (2, 9)}
+    )
+    assert type(recipe.zero.grpo.kl_weight) is float  # a whole number is welcome where a fraction is meant
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"pretrian": {}}, "unknown key pretrian"),
+        ({"pretrain": {"step": 3}}, "unknown key pretrain.step; .*steps"),
+        ({"zero": {"grpo": {"clip": 0.2}}}, "unknown key zero.grpo.clip; .*clip_high, clip_low"),
+        ({"pretrain": {"steps": "3"}}, "pretrain.steps='3' must be of type int"),
+        ({"pretrain": {"steps": 3.5}}, "pretrain.steps=3.5 must be of type int"),
+        ({"pretrain": {"steps": True}}, "pretrain.steps=True must be of type int"),
+        ({"pretrain": {"isolate": 1}}, "pretrain.isolate=1 must be of type bool"),
+        ({"pretrain": {"dtype": "float16"}}, "pretrain.dtype='float16'; use one of 'float32', 'bfloat16'"),
+        ({"pretrain": 5}, "pretrain=5 must be a table"),
+        ({"data": {"problems": {"levels": [1]}}}, r"data.problems.levels=\[1\] must be a list of 2 values"),
+        ({"data": {"problems": {"levels_of": {"chain": ["1", 2]}}}}, "levels_of.chain='1' must be of type int"),
+        ({"model": {k: v for k, v in MODEL.items() if k != "hidden_size"}}, "model.hidden_size is missing"),
+        ({"model": MODEL | {"head_dim": 7}}, "rotary width of 7 is odd"),
+        ({"pretrain": {"rows": 6, "micro_rows": 4}}, "pretrain.rows=6 is not a multiple of micro_rows=4"),
+        ({"pretrain": {"row_len": 200}}, "student_pretrain.row_len=256 is no multiple of pretrain.row_len=200"),
+    ],
+)
+def test_what_is_wrong_is_named(sections: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message) as error:
+        recipe_of(**sections)
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_needs_both_models():
+    with pytest.raises(ValueError, match="student is missing; give it a value"):
+        from_dict(Recipe, {"model": MODEL}, "")
+
+
+def test_errors_name_the_file(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"r\.toml: unknown key modle"):
+        read_recipe(written(tmp_path, "[modle]\nx = 1\n"))
+    with pytest.raises(ValueError, match=r"r\.toml is not TOML"):
+        read_recipe(written(tmp_path, "steps = \n"))
+    with pytest.raises(FileNotFoundError, match="does not exist; runs/ holds"):
+        read_recipe(tmp_path / "nothing.toml")
+
+
+def test_the_run_directory_is_out_and_name():
+    assert recipe_of(run={"out": "there", "name": "laptop"}).directory == Path("there/laptop")

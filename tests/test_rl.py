@@ -1,0 +1,235 @@
+"""Reinforcement learning: which answers teach, what an undecided one is worth, and when more are drawn."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from small_models import small_model
+
+from abyssal.data.problems import ProblemSource
+from abyssal.engine.engine import Engine
+from abyssal.evals.grade import Grade, error_reasons, summary
+from abyssal.model.transformer import Transformer
+from abyssal.record import Recorder
+from abyssal.reward.verifiers import Verifiers
+from abyssal.stages.policy_update import GrpoConfig
+from abyssal.stages.rl import Groups, ProblemStream, RlConfig, draw_groups, learnable, reinforce, report_step, reward
+from abyssal.stages.state import TrainState
+from abyssal.tokens.bpe import train_bpe
+from abyssal.tokens.tokenizer import Tokenizer
+from abyssal.types import Completion, Message, Problem, Rollout, SamplingParams, Score
+
+NAN = float("nan")
+QUIET = Console(file=io.StringIO())
+
+
+def grade_of(accuracy: float | None, **changes: object) -> Grade:
+    values: dict[str, object] = {
+        "accuracy": accuracy, "error": None if accuracy is not None else "it broke", "well_formed": 1.0,
+        "language": 0.5, "mixed": False, "thinks": False, "truncated": False, "length": 3,
+    }  # fmt: skip
+    return Grade(**(values | changes))  # type: ignore[arg-type]
+
+
+def rollout_of(content: str, problem: Problem | None = None) -> Rollout:
+    completion = Completion(prompt_ids=[1], ids=[2], logps=[-1.0], finish_reason="stop")
+    message = Message(role="assistant", content=content)
+    return Rollout(problem=problem or Problem(prompt="?", answer="1"), completion=completion, message=message)
+
+
+def groups_of(rewards: list[list[float]]) -> Groups:
+    rewards_PG = torch.tensor(rewards)
+    flat = rewards_PG.flatten().tolist()
+    rollouts = [rollout_of(str(i)) for i in range(len(flat))]
+    grades = [grade_of(None if math.isnan(r) else r) for r in flat]
+    return Groups(rollouts, grades, rewards_PG, ~rewards_PG.isnan(), 0.0)
+
+
+def kept_of(rewards: list[list[float]], **options: bool) -> dict[str, float]:
+    kept, advantages = learnable(groups_of(rewards), **({"divide_by_std": True} | options))
+    return {r.message.content: a for r, a in zip(kept, advantages, strict=True)}
+
+
+def test_groups_without_variance_teach_nothing():
+    kept = kept_of([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    assert kept == pytest.approx({"2": 1.0, "3": -1.0}, abs=1e-4)
+
+
+def test_the_rounding_of_a_mean_is_no_variance():
+    """15 rewards of 1.1 have a mean that is not 1.1 in FP32; over its own tiny spread that would look like a signal."""
+    assert kept_of([[1.1] * 15]) == {}
+    assert kept_of([[0.1] * 7], divide_by_std=False) == {}
+
+
+def test_an_undecided_answer_is_no_variance():
+    assert kept_of([[1.1, 1.1, NAN], [NAN, NAN, NAN], [0.0, NAN, 0.0]]) == {}
+
+
+def test_an_undecided_answer_teaches_nothing_and_shifts_nobody():
+    assert kept_of([[1.0, NAN, 0.0]]) == pytest.approx({"0": 1.0, "2": -1.0}, abs=1e-4)
+
+
+def test_the_reward_is_the_weighted_sum_and_nan_where_nobody_knows():
+    config = RlConfig(accuracy_weight=1.0, format_weight=0.1, language_weight=0.2)
+    assert reward(grade_of(1.0), config) == pytest.approx(1.0 + 0.1 + 0.2 * 0.5)
+    assert reward(grade_of(0.0, well_formed=0.0), config) == pytest.approx(0.1)
+    assert math.isnan(reward(grade_of(None), config))
+
+
+def test_undecided_answers_are_counted_and_not_averaged():
+    grades = [grade_of(1.0), grade_of(None), grade_of(0.0)]
+    assert summary(grades)["accuracy"] == 0.5
+    assert summary(grades)["verifier_errors"] == 1
+    assert error_reasons(grades) == {"it broke": 1}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(train_bpe(["one plus two is three", "name a colour: red"] * 20, vocab_size=400))
+
+
+def model_of(tokenizer: Tokenizer) -> Transformer:
+    """Half of its answers end after a few tokens: one feature is always large, and the end token listens to it."""
+    model = small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=64)
+    with torch.no_grad():
+        model.embed_tokens.weight[:, 0] = 3.0
+        model.lm_head.weight[tokenizer.eos_id, 0] = 1.6
+    return model
+
+
+@pytest.fixture
+def judge() -> Iterator[types.ModuleType]:
+    """A module of the user's own with a verifier; what it decides is set by the test."""
+    module = types.ModuleType("judge_of_a_test")
+    sys.modules[module.__name__] = module
+    yield module
+    del sys.modules[module.__name__]
+
+
+def problems_judged(n: int) -> tuple[Problem, ...]:
+    return tuple(
+        Problem(prompt=f"say {i}", answer=str(i), key=str(i), verifier="judge_of_a_test:judge") for i in range(n)
+    )
+
+
+def draw(tokenizer: Tokenizer, config: RlConfig) -> tuple[Groups, int]:
+    """One step's groups, and how far the stream of problems was read. Every token ends an answer: none is cut off."""
+    engine = Engine(model_of(tokenizer), eos_ids=range(tokenizer.vocab_size), max_batch=16)
+    stream = ProblemStream(ProblemSource(), 0, own=problems_judged(100))
+    state = TrainState(model_of(tokenizer), {}, extra={"next_problem": 0})
+    with Verifiers() as verifiers:
+        params = SamplingParams(max_tokens=4)
+        groups = draw_groups(engine, tokenizer, stream, state, config, params, verifiers, seed=5)
+    return groups, state.extra["next_problem"]
+
+
+def test_a_verifier_that_raises_is_counted_and_never_a_zero(judge, tokenizer, tmp_path: Path):
+    def broken(problem: Problem, message: Message) -> float:
+        raise RuntimeError("no idea")
+
+    judge.judge = broken
+    groups, _ = draw(tokenizer, RlConfig(problems=2, answers=3))
+    assert groups.rewards_PG.isnan().all() and not groups.valid_PG.any()
+    assert summary(groups.grades)["verifier_errors"] == 6
+    assert learnable(groups, divide_by_std=True) == ([], [])
+    with Recorder(tmp_path, "zero", 1, 1) as recorder:
+        report_step(recorder, groups, 0)
+    log = (tmp_path / "log.txt").read_text()
+    assert "could not decide 6 answers" in log and "RuntimeError: no idea" in log
+
+
+def right_and_wrong_from(first: int) -> Callable[[Problem, Message], Score]:
+    """Right and wrong in turn, from the `first`-th problem on; before it, everything is wrong."""
+    calls = itertools.count()
+    return lambda problem, message: Score(float(int(problem.key) >= first and next(calls) % 2))
+
+
+def test_one_draw_takes_what_comes(judge, tokenizer):
+    judge.judge = right_and_wrong_from(2)
+    groups, position = draw(tokenizer, RlConfig(problems=3, answers=4))
+    assert position == 3
+    assert [g.accuracy for g in groups.grades].count(1.0) == 2  # of the third problem alone
+
+
+def test_dynamic_sampling_draws_on_until_every_group_has_right_and_wrong(judge, tokenizer):
+    judge.judge = right_and_wrong_from(2)
+    groups, position = draw(tokenizer, RlConfig(problems=3, answers=4, dynamic_sampling=True))
+    assert position == 5  # of 0, 1, 2 one group is good; 3 and 4 both are
+    assert [int(groups.rollouts[i].problem.key) for i in (0, 4, 8)] == [2, 3, 4]
+    assert all({g.accuracy for g in groups.grades[i : i + 4]} == {0.0, 1.0} for i in (0, 4, 8))
+    assert groups.rewards_PG.shape == (3, 4)
+
+
+def test_dynamic_sampling_ends_when_nothing_is_ever_right(judge, tokenizer):
+    judge.judge = right_and_wrong_from(10**9)
+    groups, position = draw(tokenizer, RlConfig(problems=3, answers=4, dynamic_sampling=True, format_weight=0.0))
+    assert position == 4 * 3 and groups.rewards_PG.shape == (3, 4)
+    assert learnable(groups, divide_by_std=True) == ([], [])
+
+
+def test_an_undecided_answer_does_not_make_a_group_worth_keeping(judge, tokenizer):
+    undecided = itertools.count()
+    judge.judge = lambda problem, message: Score(None, "lost") if next(undecided) % 4 == 0 else Score(1.0)
+    _, position = draw(tokenizer, RlConfig(problems=3, answers=4, dynamic_sampling=True))
+    assert position == 4 * 3
+
+
+def test_own_problems_come_in_turn_and_generated_ones_by_index():
+    own = problems_judged(3)
+    stream = ProblemStream(ProblemSource(), 0, own=own, own_held_out=own[:1])
+    assert [stream.at(i).key for i in range(4)] == ["0", "1", "2", "0"]
+    assert stream.at(7, "held_out").key == "0"
+    generated = ProblemStream(ProblemSource(), 0)
+    assert generated.at(5) == generated.at(5) != generated.at(6)
+
+
+def walk_rl(directory: Path, tokenizer: Tokenizer, *, steps: int) -> Transformer:
+    own = problems_judged(50)
+    config = RlConfig(
+        steps=steps, problems=2, answers=6, max_tokens=4, row_len=32, save_every=2, eval_every=0, eval_problems=2,
+        warmup=1, lr=1e-3, reference_every=3, grpo=GrpoConfig(kl_weight=0.01, minibatches=2),
+    )  # fmt: skip
+    with Verifiers() as verifiers:
+        return reinforce(
+            directory,
+            config=config,
+            model=model_of(tokenizer),
+            tokenizer=tokenizer,
+            stream=ProblemStream(ProblemSource(), 0, own=own, own_held_out=own[:2]),
+            first_problem=0,
+            verifiers=verifiers,
+            seed=9,
+            recorder_at=lambda step: Recorder(directory, "zero", 1, 1, resume_from_step=step, console=QUIET),
+        ).model
+
+
+def metrics_of(directory: Path) -> list[dict[str, float]]:
+    """What each step computed, without how long it took and what was measured after its last."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    left_out = re.compile(r".*_s|memory_gb|held_out_.*")
+    return [{k: v for k, v in line.items() if not left_out.fullmatch(k)} for line in lines]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(judge, tokenizer, tmp_path: Path):
+    """Problems, noise, order of rows, reference and optimizer: all are where they were, so all numbers are."""
+    judge.judge = lambda problem, message: float(len(message.content) < 4)
+    whole = walk_rl(tmp_path / "whole", tokenizer, steps=6)
+    walk_rl(tmp_path / "halves", tokenizer, steps=4)
+    halves = walk_rl(tmp_path / "halves", tokenizer, steps=6)
+    metrics = metrics_of(tmp_path / "whole")
+    assert metrics == metrics_of(tmp_path / "halves")
+    assert [entry["step"] for entry in metrics] == list(range(6))
+    assert sum(entry["zero_variance_share"] < 1 for entry in metrics) >= 4  # there was something to learn
+    for name, p in whole.state_dict().items():
+        assert torch.equal(p, halves.state_dict()[name]), name

@@ -1,0 +1,296 @@
+"""The whole way, by the command, in a folder of a user's own: killed in two places, taken up, finished, looked at.
+
+One run is walked for all tests: SIGKILL in pretraining, SIGKILL in the middle of a step of R1-Zero, then to the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import abyssal
+from abyssal.checkpoint.save import load_checkpoint
+from abyssal.cli import dispatch
+from abyssal.data.held_out import is_held_out
+from abyssal.data.problems import problem_at
+from abyssal.stages.recipe import Recipe, read_recipe
+from abyssal.stages.way import CHECKPOINTS, FIRST_PROBLEM, STAGES
+from abyssal.tokens.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.way
+
+ROOT = Path(__file__).parents[1]
+MICRO = Path(__file__).with_name("micro.toml")
+N_HELD_OUT = 5
+REWARD = '''
+import os
+import signal
+from pathlib import Path
+
+
+def short(problem, message):
+    """Right if short. With KILL_IN set, the process dies while it grades the step after three recorded ones."""
+    metrics = Path(os.environ["KILL_IN"]) if "KILL_IN" in os.environ else None
+    if metrics is not None and metrics.exists() and metrics.read_text().count("\\n") == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return float(len(message.content) < 10)
+'''
+
+
+@dataclass(frozen=True)
+class Walked:
+    home: Path  # where the user stands
+    recipe: Recipe
+    after_kill: dict[str, list[int]]  # steps in metrics.jsonl when the process died
+    resumed_from: dict[str, int]
+    output: str
+
+    @property
+    def run(self) -> Path:
+        return self.home / "out" / "micro"
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run / name).read_text(encoding="utf-8").splitlines()]
+
+
+def command(*arguments: str) -> list[str]:
+    """As the installed script runs: -P keeps the current folder off the path, so that only the cli can put it there."""
+    return [sys.executable, "-P", "-m", "abyssal.cli", *arguments]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | extra
+
+
+def start(home: Path, *arguments: str, **extra: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(*arguments), cwd=home, env=environment(**extra), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(home: Path, *arguments: str) -> str:
+    process = start(home, *arguments)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return output
+
+
+def steps_of(path: Path) -> list[int]:
+    """Of whole lines: the last one may be half written."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line)["step"] for line in lines]
+
+
+def kill_in_pretraining(home: Path, metrics: Path, n_steps: int) -> None:
+    process = start(home, "run", str(MICRO))
+    while len(steps_of(metrics)) < n_steps:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def users_own(home: Path) -> None:
+    """A corpus, conversations, problems and a reward, as a user might lay them out."""
+    words = "the sea is deep and the light is far away so we go down slowly".split()
+    (home / "corpus").mkdir()
+    for i in range(40):
+        text = " ".join(words[(i * j) % len(words)] for j in range(1, 60))
+        (home / "corpus" / f"{i}.txt").write_text(f"{text} number {i}.\n")
+    asked = [
+        {"prompt": f"say {i}", "answer": str(i), "key": f"say {i}", "verifier": "own_reward:short"} for i in range(35)
+    ]
+    chats = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}!"}]}
+        for i in range(8)
+    ]
+    for name, entries in (
+        ("own_train.jsonl", asked[N_HELD_OUT:]), ("own_held_out.jsonl", asked[:N_HELD_OUT]), ("own_sft.jsonl", chats),
+    ):  # fmt: skip
+        (home / name).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (home / "own_reward.py").write_text(REWARD)
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
+    home = tmp_path_factory.mktemp("home")
+    users_own(home)
+    run = home / "out" / "micro"
+    metrics = {stage: run / stage / "metrics.jsonl" for stage in ("pretrain", "zero")}
+    kill_in_pretraining(home, metrics["pretrain"], 20)
+    after_kill = {"pretrain": steps_of(metrics["pretrain"])}
+    process = start(home, "run", str(MICRO), KILL_IN=str(metrics["zero"]))
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
+    after_kill["zero"] = steps_of(metrics["zero"])
+    output = finish(home, "run", str(MICRO))
+    resumed = {
+        stage: int(re.findall(r"resuming from step (\d+)", (run / stage / "log.txt").read_text())[-1])
+        for stage in metrics
+    }
+    return Walked(home, read_recipe(MICRO), after_kill, resumed, output)
+
+
+def test_every_stage_is_done_and_the_report_is_there(walked: Walked):
+    for stage in STAGES:
+        done = json.loads((walked.run / stage / "done.json").read_text())
+        assert done["stage"] == stage and done["threads"] == 1
+    page = (walked.run / "report.html").read_text(encoding="utf-8")
+    assert "<html" in page and all(name in page for name in CHECKPOINTS.values())
+    assert "http://" not in page.replace("http://www.w3.org", "") and 'src="http' not in page
+    assert "Warning" not in walked.output and "Traceback" not in walked.output
+    assert "held-out problems" in walked.output and "abyssal chat out/micro/r1" in walked.output
+    assert not list(walked.run.rglob("*.partial")) and not list(walked.run.rglob("*.new"))
+
+
+@pytest.mark.parametrize(("stage", "save_every", "n_steps"), [("pretrain", 15, 60), ("zero", 2, 6)])
+def test_a_killed_stage_goes_on_from_its_last_checkpoint(walked: Walked, stage: str, save_every: int, n_steps: int):
+    died_after = len(walked.after_kill[stage])
+    assert 0 < died_after < n_steps
+    assert walked.resumed_from[stage] == died_after // save_every * save_every > 0
+    steps = [entry["step"] for entry in walked.lines(f"{stage}/metrics.jsonl")]
+    assert steps == list(range(n_steps))  # each once, none missing
+    if stage == "zero":
+        assert [entry["step"] for entry in walked.lines("zero/samples.jsonl")] == list(range(n_steps))
+
+
+def test_an_interrupted_pretraining_ends_in_the_bits_of_one_that_was_not(walked: Walked):
+    finish(walked.home, "tokenize", str(MICRO), "--run.name", "whole")
+    finish(walked.home, "pretrain", str(MICRO), "--run.name", "whole")
+    whole = walked.home / "out" / "whole"
+    for file in ("tokenize/train/tokens-00000.bin", "pretrain/checkpoint/model.safetensors"):
+        assert (whole / file).read_bytes() == (walked.run / file).read_bytes(), file
+    numbers = ("step", "loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation", "tokens", "lr")
+    uninterrupted = [json.loads(line) for line in (whole / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    for entry, other in zip(walked.lines("pretrain/metrics.jsonl"), uninterrupted, strict=True):
+        assert [entry[name] for name in numbers] == [other[name] for name in numbers]
+
+
+def test_a_second_run_finds_everything_done(walked: Walked):
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in walked.run.rglob("*") if path.is_file()}
+
+    before = written()
+    output = finish(walked.home, "run", str(MICRO))
+    assert output.count("already done") == len(STAGES)
+    after = written()
+    changed = {path.name for path in before | after if before.get(path) != after.get(path)}
+    assert changed <= {"recipe.toml"}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS.values())
+def test_every_checkpoint_loads_in_transformers_and_says_the_same(walked: Walked, name: str):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stage = next(stage for stage, leaves in CHECKPOINTS.items() if leaves == name)
+    path = walked.run / stage / "checkpoint"
+    theirs, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    config = walked.recipe.student if name == "student" else walked.recipe.model
+    assert not info["missing_keys"] and not info["mismatched_keys"] and not info.get("error_msgs")
+    mtp = f"model.layers.{config.num_hidden_layers}."
+    assert all(key.startswith(mtp) for key in info["unexpected_keys"]), info["unexpected_keys"]
+    lm = abyssal.load(path)
+    text = "say 12"
+    assert AutoTokenizer.from_pretrained(path)(text)["input_ids"] == lm.tokenizer.encode(text)
+    ids_BT = torch.tensor([lm.tokenizer.encode(text) * 3])
+    with torch.inference_mode():
+        logits_BTV = theirs(ids_BT).logits
+    assert torch.allclose(logits_BTV, lm.logits(ids_BT), atol=1e-4)
+
+
+def test_the_students_active_size_is_smaller_and_its_shape_dense(walked: Walked):
+    config = load_checkpoint(walked.run / "distil" / "checkpoint").config
+    assert (config.attention, config.feed_forward) == ("gqa", "dense")
+
+
+def test_what_is_held_out_is_trained_on_nowhere(walked: Walked):
+    """By key for the generators' problems, and word by word in what was written down."""
+    source, seed = walked.recipe.data.problems, walked.recipe.run.seed
+    for first in (0, *FIRST_PROBLEM.values()):  # pretraining begins at 0
+        keys = [problem_at(source, seed, first + i).key for i in range(200)]
+        assert not any(is_held_out(key, source.held_out) for key in keys)
+    measured = [problem_at(source, seed, first + i, "held_out") for first in (0, 1_000_000) for i in range(200)]
+    assert all(is_held_out(problem.key, source.held_out) for problem in measured)
+
+    tokenizer = Tokenizer.load(walked.run / "tokenize" / "tokenizer")
+    tokens = np.fromfile(walked.run / "tokenize" / "train" / "tokens-00000.bin", dtype=np.uint16)
+    questions = asked_in(tokens.tolist(), tokenizer)
+    assert len(questions) > 100
+    assert questions.isdisjoint(problem.prompt for problem in measured)
+    held_out_tokens = np.fromfile(walked.run / "tokenize" / "held_out" / "tokens-00000.bin", dtype=np.uint16)
+    assert asked_in(held_out_tokens.tolist(), tokenizer).isdisjoint(questions)
+
+
+def asked_in(ids: list[int], tokenizer: Tokenizer) -> set[str]:
+    """Every question of a file of tokens."""
+    questions = set()
+    for i, token in enumerate(ids):
+        if token == tokenizer.user_id and tokenizer.assistant_id in ids[i : i + 200]:
+            questions.add(tokenizer.decode(ids[i + 1 : ids.index(tokenizer.assistant_id, i)]))
+    return questions
+
+
+def test_a_users_own_data_is_what_is_trained_on_and_measured(walked: Walked):
+    kept_out = {f"say {i}" for i in range(N_HELD_OUT)}
+    samples = [walked.lines(f"{stage}/samples.jsonl") for stage in ("zero", "reason", "align")]
+    seen = {entry["problem"] for of_stage in samples for entry in of_stage}
+    traced = {
+        entry["messages"][0]["content"]
+        for stage in ("cold_start", "reject", "distil")
+        for entry in walked.lines(f"{stage}/traces.jsonl")
+    }
+    assert seen and traced and all(re.fullmatch(r"say \d+", prompt) for prompt in seen | traced)
+    assert kept_out.isdisjoint(seen | traced)
+    assert json.loads((walked.run / "cold_start" / "done.json").read_text())["own"] == 8
+    results = json.loads((walked.run / "eval" / "results.json").read_text())["checkpoints"]
+    assert list(results) == list(CHECKPOINTS.values())
+    # six problems were asked for and five are there: none is asked twice
+    assert {entry["overall"]["n_problems"] for entry in results.values()} == {N_HELD_OUT}
+    traces = json.loads((walked.run / "eval" / "traces.json").read_text())
+    assert {trace["problem"] for trace in traces} <= kept_out
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (("--pretrain.lr", "0.5"), r"\[pretrain\]"),
+        (("--run.seed", "7"), "run.seed"),
+        (("--rl-data.held-out", ""), r"\[rl_data\]"),
+        (("--distil.sft.epochs", "9"), r"\[distil\]"),
+    ],
+)
+def test_a_changed_recipe_is_refused_once_its_stage_has_begun(
+    walked: Walked, monkeypatch: pytest.MonkeyPatch, change: tuple[str, ...], named: str
+):
+    monkeypatch.chdir(walked.home)
+    before = (walked.run / "recipe.toml").read_bytes()
+    with pytest.raises(ValueError, match=f"was begun with another {named}; give this run another name"):
+        dispatch(["run", str(MICRO), *change])
+    assert (walked.run / "recipe.toml").read_bytes() == before
+
+
+def test_a_later_checkpoint_makes_an_earlier_evaluation_and_report_new(walked: Walked, tmp_path: Path):
+    """`eval` run half-way through is done again when the stages after it have left their checkpoints."""
+    users_own(tmp_path)
+    half = tmp_path / "out" / "micro"
+    shutil.copytree(walked.run, half)
+    for stage in ("distil", "eval", "report"):
+        shutil.rmtree(half / stage)
+    finish(tmp_path, "eval", str(MICRO))
+    assert "student" not in json.loads((half / "eval" / "results.json").read_text())["checkpoints"]
+    finish(tmp_path, "run", str(MICRO))
+    assert "student" in json.loads((half / "eval" / "results.json").read_text())["checkpoints"]
