@@ -197,6 +197,19 @@ def test_a_checkpoint_goes_by_its_path_or_by_run_and_name(checkpoint, home):
     assert (cli.resolve_checkpoint(home / "out" / "laptop" / "r1")).name == "checkpoint"
 
 
+def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
+    def interrupted(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "dispatch", interrupted)
+    monkeypatch.setattr(sys, "argv", ["abyssal", "run", "runs/my laptop.toml"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err.strip() == "stopped; go on with: abyssal run 'runs/my laptop.toml'"
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_help_names_every_stage(arguments, capsys):
     assert cli.dispatch(arguments) == 0

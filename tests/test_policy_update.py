@@ -96,6 +96,12 @@ def test_many_answers_keep_their_own_values_however_they_are_packed():
     assert int(answers.batch.mask_BT.sum()) == sum(len(r.completion.ids) for r in rollouts)
 
 
+def test_an_answer_longer_than_a_row_makes_the_rows_longer():
+    """Half-way through a run is too late to learn that one answer did not fit."""
+    answers = packed([rollout([1] * 5, [2] * 9), rollout([1], [2])], [1.0, -1.0], row_len=8)
+    assert answers.batch.ids_BT.shape == (2, 14) and int(answers.batch.mask_BT.sum()) == 10
+
+
 def test_packing_changes_no_log_probability():
     """On the model that drew them the ratio is 1: nothing is clipped, and the distance to itself is 0."""
     model = small_model(KIND)
@@ -159,6 +165,12 @@ def test_rows_in_one_pass_or_one_by_one_give_the_same_step(mean: Any):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-4, abs=1e-6), name
     # Adam's first step is a sign: where a gradient is nearly 0, rounding may turn it
     assert ((weights[0] - weights[1]).abs() > 1e-6).float().mean() < 0.01
+
+
+def test_balance_of_experts_is_told_for_a_mixture_and_not_for_a_dense_model():
+    answers = packed(some_rollouts(small_model(KIND)), [1.0, -1.0, 0.5, 0.2])
+    assert update(small_model(KIND), answers, PLAIN)["max_violation"] > 0
+    assert "max_violation" not in update(small_model("gqa_dense"), answers, PLAIN)
 
 
 def test_minibatches_take_one_step_each():

@@ -67,6 +67,9 @@ def test_the_round_trip_keeps_what_is_hard_to_spell(tmp_path: Path):
         ({"model": {k: v for k, v in MODEL.items() if k != "hidden_size"}}, "model.hidden_size is missing"),
         ({"model": MODEL | {"head_dim": 7}}, "rotary width of 7 is odd"),
         ({"pretrain": {"rows": 6, "micro_rows": 4}}, "pretrain.rows=6 is not a multiple of micro_rows=4"),
+        ({"zero": {"answers": 1}}, "answers=1: an answer is compared with its group"),
+        ({"cold_start": {"traces": {"max_tokens": 0}}}, "max_tokens=0 leaves nothing to generate"),
+        ({"eval": {"top_p": 0.0}}, r"top_p=0.0 is outside \(0, 1\]"),
         ({"pretrain": {"row_len": 200}}, "student_pretrain.row_len=256 is no multiple of pretrain.row_len=200"),
     ],
 )

@@ -33,6 +33,9 @@ class EvalConfig:
     traces: int = 6  # problems shown side by side in the report
     never_trained_problems: int = 60  # of the family kept out of training
 
+    def __post_init__(self) -> None:
+        SamplingParams(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens)  # checks
+
 
 @dataclass(frozen=True)
 class Result:

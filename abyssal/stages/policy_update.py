@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from abyssal.data.pack import Example, pack_isolated
+from abyssal.loss.balance import max_violation
 from abyssal.loss.cross_entropy import entropy, token_logprobs
 from abyssal.loss.grpo import grpo_loss
+from abyssal.model.moe import Routing
 from abyssal.model.transformer import Transformer
 from abyssal.optim.clip import clip_gradients
-from abyssal.stages.objective import Batch, mtp_loss
+from abyssal.stages.objective import Batch, loads_of, mtp_loss
 from abyssal.stages.state import TrainState, apply_step
 from abyssal.types import Rollout
 
@@ -50,7 +52,7 @@ class AnswerBatch:
 def answer_batch(
     rollouts: list[Rollout], advantages: list[float], *, row_len: int, pad_id: int, device: torch.device
 ) -> AnswerBatch:
-    """Pack each prompt and its answer so that rows share nothing but their length."""
+    """Pack each prompt and its answer so that rows share nothing but their length: `row_len`, or the longest's."""
     examples = [
         Example(
             [*r.completion.prompt_ids, *r.completion.ids],
@@ -58,7 +60,8 @@ def answer_batch(
         )
         for r in rollouts
     ]
-    packed = pack_isolated(examples, row_len=row_len, pad_id=pad_id)
+    longest = max(len(example.ids) for example in examples)
+    packed = pack_isolated(examples, row_len=max(row_len, longest), pad_id=pad_id)
     old_logp, advantage = (np.zeros(packed.ids_BT.shape, dtype=np.float32) for _ in range(2))
     answer = np.zeros(packed.ids_BT.shape, dtype=np.int64)
     for i, (rollout, (row, start)) in enumerate(zip(rollouts, packed.places, strict=True)):
@@ -87,15 +90,17 @@ def update_policy(
     """One optimizer step per minibatch of rows; means of its metrics."""
     order = torch.randperm(len(answers.batch.ids_BT), generator=shuffle)
     totals: dict[str, float] = {}
+    loads: list[list[Tensor]] = []  # of each piece, one (E,) a layer
     chunks = [chunk for chunk in order.chunk(config.minibatches) if len(chunk)]
     for rows in chunks:
         in_chunk = answers.batch.mask_BT[rows]
         n_answers = len(answers.answer_BT[rows][in_chunk].unique())
         n_tokens = int(in_chunk.sum())
         for piece in rows.split(rows_per_pass):
-            metrics = _backward(
+            metrics, piece_loads = _backward(
                 state.model, answers, piece, reference=reference, config=config, n_answers=n_answers, n_tokens=n_tokens
             )
+            loads.append(piece_loads)
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value / len(chunks)
         policy, drafts = apart(state.model)
@@ -104,6 +109,9 @@ def update_policy(
             clip_gradients(drafts, config.clip_gradient)
         totals["grad_norm"] = totals.get("grad_norm", 0.0) + grad_norm / len(chunks)
         apply_step(state.optimizers, lr_fraction)
+    if loads[0]:
+        of_layers = [torch.stack(pieces).sum(0) for pieces in zip(*loads, strict=True)]
+        totals["max_violation"] = max(max_violation(load_E) for load_E in of_layers)
     return totals
 
 
@@ -122,11 +130,14 @@ def _backward(
     config: GrpoConfig,
     n_answers: int,
     n_tokens: int,
-) -> dict[str, float]:
-    """Gradients of some rows; their loss is already their share of the minibatch's mean."""
+) -> tuple[dict[str, float], list[Tensor]]:
+    """Gradients of some rows, whose loss is already their share of the minibatch's mean; metrics and expert loads."""
     piece = answers.batch.rows(rows)
     target_BT = piece.mask_BT
-    hidden_BTD = model.hidden(piece.ids_BT, positions_BT=piece.positions_BT, segments_BT=piece.segments_BT)
+    routings: list[Routing] = []
+    hidden_BTD = model.hidden(
+        piece.ids_BT, positions_BT=piece.positions_BT, segments_BT=piece.segments_BT, routings=routings
+    )
     places_N = target_BT.flatten().nonzero()[:, 0] - 1  # the place before predicts; an answer never opens a row
     ids_N = piece.ids_BT[target_BT]
     logits_NV = model.logits(hidden_BTD.flatten(0, 1).index_select(0, places_N))
@@ -158,7 +169,7 @@ def _backward(
         mtp = mtp_loss(model, hidden_BTD.detach(), piece, None)
         (config.mtp_weight * share * mtp).backward(inputs=list(model.mtp.parameters()))
         metrics["mtp_loss"] = float(mtp.detach()) * share
-    return metrics
+    return metrics, loads_of(model, routings, piece)
 
 
 @torch.no_grad()

@@ -57,6 +57,11 @@ class RlConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
 
+    def __post_init__(self) -> None:
+        SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)  # raises where they make no sense
+        if self.answers < 2:
+            raise ValueError(f"answers={self.answers}: an answer is compared with its group; draw at least 2")
+
 
 class Groups(NamedTuple):
     """P groups of G graded answers, flat and side by side."""

@@ -35,6 +35,9 @@ class TracesConfig:
     thinking: bool = True  # refuse answers without thinking
     least: int = 20  # kept traces below which the stage stops instead of training on next to nothing
 
+    def __post_init__(self) -> None:
+        SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)  # raises where they make no sense
+
 
 def sample_traces(
     stage_dir: Path,

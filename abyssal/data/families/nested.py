@@ -1,7 +1,8 @@
-"""Nested expressions in Polish notation modulo 10: "add max3 min475" is add(max(3, min(4, 7)), 5).
+"""Nested expressions in Polish notation modulo 5: "add max3 min421" is add(max(3, min(4, 2)), 1).
 
 Every operator takes two operands and a digit is one character, so the text has one reading without brackets or commas.
 max and min do not commute with add and sub, and the shape of the tree is random: what to do first has to be found.
+Modulo 5 there are 100 facts to know (four operators on 25 pairs), which a small model has room for.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import random
 from abyssal.data.families.instance import Instance
 from abyssal.types import Language
 
-WORDING: dict[Language, str] = {"en": "Work out modulo 10:", "zh": "计算模10："}
+WORDING: dict[Language, str] = {"en": "Work out modulo 5:", "zh": "计算模5："}
 
+MODULUS = 5
 OPERATORS = ("add", "sub", "max", "min")
 
 
@@ -33,7 +35,7 @@ def draw_nested(rng: random.Random, level: int) -> Instance:
 def draw_tree(rng: random.Random, n_operators: int, *, choices: tuple[str, ...] = OPERATORS) -> list[str]:
     """A random tree as its tokens in prefix order: operators are words, leaves are digits."""
     if n_operators == 0:
-        return [rng.choice("0123456789")]
+        return [str(rng.randrange(MODULUS))]
     n_left = rng.randrange(n_operators)
     left, right = draw_tree(rng, n_left), draw_tree(rng, n_operators - 1 - n_left)
     return [rng.choice(choices), *left, *right]
@@ -48,11 +50,11 @@ def reduce_leftmost(tokens: list[str]) -> list[str]:
 
 
 def calculate(operator: str, a: int, b: int) -> str:
-    """One operation on two digits, modulo 10."""
+    """One operation on two digits, modulo 5."""
     if operator == "add":
-        return str((a + b) % 10)
+        return str((a + b) % MODULUS)
     if operator == "sub":
-        return str((a - b) % 10)
+        return str((a - b) % MODULUS)
     return str(max(a, b) if operator == "max" else min(a, b))
 
 

@@ -1,6 +1,7 @@
-"""Four letters and a list of neighbours to swap: tracking a state in S4, a group that constant depth cannot compose.
+"""Five letters and a list of neighbours to swap: tracking a state in S5, a group that constant depth cannot compose.
 
-"b a d c:31" swaps places 3 and 4, then 1 and 2: "b a c d:1", then "a b c d". A swap that has been made leaves the list.
+(Barrington 1989: products in S5 are complete for NC1.) "b a d c e:31" swaps places 3 and 4, then 1 and 2:
+"b a c d e:1", then "a b c d e". A swap that has been made leaves the list.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ WORDING: dict[Language, str] = {"en": "Swap neighbours in turn:", "zh": "依次�
 
 
 def draw_swaps(rng: random.Random, level: int) -> Instance:
-    """`level` swaps of neighbours, never the same one twice in a row; all 24 answers are equally likely."""
-    letters = rng.sample("abcd", 4)
-    places = [rng.randint(1, 3)]
+    """`level` swaps of neighbours, never the same one twice in a row; all 120 answers are equally likely."""
+    letters = rng.sample("abcde", 5)
+    places = [rng.randint(1, 4)]
     while len(places) < level:
-        places.append(rng.choice([place for place in (1, 2, 3) if place != places[-1]]))
+        places.append(rng.choice([place for place in (1, 2, 3, 4) if place != places[-1]]))
     states = [written(letters, places)]
     for done, place in enumerate(places, start=1):
         letters[place - 1], letters[place] = letters[place], letters[place - 1]
