@@ -27,10 +27,12 @@ def place(i: int) -> tuple[int, int]:
 
 def box(i: int) -> str:
     (x, y), (name, what, leaves) = place(i), STAGES[i]
-    label = f'<text class="leaves" x="{x + WIDTH - 12}" y="{y + 24}" text-anchor="end">{leaves}</text>' if leaves else ""
-    return (f'<rect class="box" x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="8"/>'
-            f'<text class="name" x="{x + 12}" y="{y + 24}">{name}</text>{label}'
-            f'<text class="what" x="{x + 12}" y="{y + 50}">{what}</text>')
+    label = f'<text class="leaves" x="{x + WIDTH - 12}" y="{y + 24}" text-anchor="end">{leaves}</text>'
+    return (
+        f'<rect class="box" x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="8"/>'
+        f'<text class="name" x="{x + 12}" y="{y + 24}">{name}</text>{label}'
+        f'<text class="what" x="{x + 12}" y="{y + 50}">{what}</text>'
+    )
 
 
 def arrow(i: int) -> str:
@@ -54,10 +56,15 @@ def main() -> None:
     parts = [box(i) for i in range(8)] + [arrow(i) for i in range(7)] + [from_base(3, 16), from_base(5, 0)]
     x, y = place(1)
     parts.append(f'<text class="note" x="{x + 160}" y="{y - 19}">SFT from base again</text>')
-    tip = '<marker id="tip" markerWidth="7" markerHeight="7" refX="5" refY="3" orient="auto"><path class="tip" d="M0 0L6 3L0 6z"/></marker>'
+    tip = (
+        '<marker id="tip" markerWidth="7" markerHeight="7" refX="5" refY="3" orient="auto">'
+        '<path class="tip" d="M0 0L6 3L0 6z"/></marker>'
+    )
     Path(__file__).with_name("way.svg").write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="The way">'
-        f"<style>{STYLE}</style><defs>{tip}</defs>{''.join(parts)}</svg>\n", encoding="utf-8")
+        f"<style>{STYLE}</style><defs>{tip}</defs>{''.join(parts)}</svg>\n",
+        encoding="utf-8",
+    )
 
 
 if __name__ == "__main__":

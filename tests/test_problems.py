@@ -12,9 +12,9 @@ TRAINED = {"chain": 1.0, "swaps": 2.0, "nested": 1.0, "ab": 1.0}
 def test_a_problem_reads_as_its_phrase_and_its_state():
     problem = make_problem("chain", 2, "en", random.Random(0))
     state = problem.key.removeprefix("chain|")
-    assert problem.prompt == f"Left to right modulo 10: {state}"
+    assert problem.prompt == f"Left to right modulo 5: {state}"
     assert (problem.verifier, problem.level, problem.family, problem.language) == ("exact", 2, "chain", "en")
-    assert make_problem("chain", 2, "zh", random.Random(0)).prompt == f"从左到右模10：{state}"
+    assert make_problem("chain", 2, "zh", random.Random(0)).prompt == f"从左到右模5：{state}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -36,6 +36,15 @@ def cached_mask(positions_BT: Tensor, n_keys: int) -> Tensor:
     return torch.arange(n_keys, device=positions_BT.device) <= positions_BT[..., None]
 
 
+def core_dtype(x: Tensor) -> torch.dtype:
+    """The type of attention's own products: BF16 stays; FP32 becomes FP64 on a CPU.
+
+    Expanded and absorbed MLA, cached and packed rows sum in different orders. In FP64 those orders differ by less than
+    FP32 can hold, so engine and trainer see the same FP32 numbers and, further on, choose the same experts.
+    """
+    return torch.float64 if x.dtype == torch.float32 and not x.is_cuda else x.dtype
+
+
 def attend(q_BTHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, mask_BTS: Tensor | None, *, scale: float) -> Tensor:
     """Softmax attention, (B, T, H, V), in whichever form is faster for the shape and the machine."""
     short = q_BTHQ.shape[1] * k_BSHQ.shape[1] <= SHORT

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from abyssal.model.attention import AttentionContext, attend
+from abyssal.model.attention import AttentionContext, attend, core_dtype
 from abyssal.model.config import ModelConfig
 from abyssal.model.linear import Linear
 from abyssal.model.rope import rotate
@@ -32,5 +32,8 @@ class GQA(nn.Module):
         if context.cache is not None:
             entries = context.cache.update(self.layer, torch.cat((k_BSGQ, v_BSGQ), dim=2).flatten(2))
             k_BSGQ, v_BSGQ = entries.unflatten(-1, heads).chunk(2, dim=2)
-        out_BTHQ = attend(q_BTHQ, k_BSGQ, v_BSGQ, context.mask_BTS, scale=self.config.softmax_scale)
-        return self.o_proj(out_BTHQ.flatten(2))
+        core = core_dtype(x_BTD)
+        out_BTHQ = attend(
+            q_BTHQ.to(core), k_BSGQ.to(core), v_BSGQ.to(core), context.mask_BTS, scale=self.config.softmax_scale
+        )
+        return self.o_proj(out_BTHQ.to(x_BTD.dtype).flatten(2))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from abyssal.model.attention import AttentionContext, attend
+from abyssal.model.attention import AttentionContext, attend, core_dtype
 from abyssal.model.config import ModelConfig
 from abyssal.model.linear import Linear, RMSNorm
 from abyssal.model.rope import rotate
@@ -43,7 +43,9 @@ class MLA(nn.Module):
         # one query token: absorbing costs H*N*C per query instead of H*(N+V)*C per key
         absorb = context.cache is not None and x_BTD.shape[1] == 1
         form = self.absorbed if absorb else self.expanded
-        return self.o_proj(form(q_nope_BTHN, q_rope_BTHR, entries_BTW, context.mask_BTS).flatten(2))
+        core = core_dtype(x_BTD)
+        out_BTHV = form(q_nope_BTHN.to(core), q_rope_BTHR.to(core), entries_BTW.to(core), context.mask_BTS)
+        return self.o_proj(out_BTHV.to(x_BTD.dtype).flatten(2))
 
     def queries(self, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """Unrotated part (B, T, H, N) and rotated part (B, T, H, R)."""
@@ -87,11 +89,12 @@ class MLA(nn.Module):
         w_uk_HNC, w_uv_HVC = kv_b.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         q_latent_BTHC = torch.einsum("bthn,hnc->bthc", q_nope_BTHN, w_uk_HNC)
         q_BXW = torch.cat((q_latent_BTHC, q_rope_BTHR), dim=-1).flatten(1, 2)  # X = T x H queries share the keys
-        scores_BTHS = (q_BXW @ entries_BSW.transpose(1, 2)).float().unflatten(1, (tokens, heads)) * config.softmax_scale
+        scores_BXS = q_BXW @ entries_BSW.transpose(1, 2)
+        scores_BTHS = scores_BXS.to(torch.promote_types(scores_BXS.dtype, torch.float32)).unflatten(1, (tokens, heads))
+        scores_BTHS = scores_BTHS * config.softmax_scale
         if mask_BTS is None:
-            mask_BTS = torch.ones(tokens, entries_BSW.shape[1], dtype=torch.bool, device=entries_BSW.device).tril()[
-                None
-            ]
+            every_TS = torch.ones(tokens, entries_BSW.shape[1], dtype=torch.bool, device=entries_BSW.device)
+            mask_BTS = every_TS.tril()[None]
         weights_BTHS = scores_BTHS.masked_fill(~mask_BTS[:, :, None], float("-inf")).softmax(-1)
         weights_BXS = weights_BTHS.to(entries_BSW.dtype).flatten(1, 2)
         out_BTHC = (weights_BXS @ entries_BSW[..., : config.kv_lora_rank]).view(batch, tokens, heads, -1)

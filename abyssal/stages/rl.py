@@ -59,6 +59,11 @@ class RlConfig:
 
     def __post_init__(self) -> None:
         SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)  # raises where they make no sense
+        if self.temperature != 1:
+            raise ValueError(
+                f"temperature={self.temperature}: answers drawn at another temperature come from another policy than "
+                f"the one whose log-probs are compared; use 1"
+            )
         if self.answers < 2:
             raise ValueError(f"answers={self.answers}: an answer is compared with its group; draw at least 2")
 

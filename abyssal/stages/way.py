@@ -104,6 +104,11 @@ class Run:
         files = self.recipe.rl_data
         own = tuple(read_user_problems(files.train)) if files.train else ()
         own_held_out = tuple(read_user_problems(files.held_out)) if files.held_out else ()
+        if bool(own) != bool(own_held_out):
+            raise ValueError(
+                f"rl_data.train={files.train!r} and rl_data.held_out={files.held_out!r}: give both, or the measure "
+                f"would be of other problems than the training"
+            )
         trained_on = {problem.key for problem in own}
         if both := [problem.prompt for problem in own_held_out if problem.key in trained_on]:
             raise ValueError(
@@ -162,7 +167,7 @@ def walk(run: Run, stages: tuple[str, ...] = STAGES) -> None:
             began = time.time()
             run.stage_dir(stage).mkdir(parents=True, exist_ok=True)
             summary = STEPS[stage](run, stage, verifiers)
-            done = {"stage": stage, "seconds": round(time.time() - began, 1), **machine(run), **summary}
+            done = {"stage": stage, "last_session_s": round(time.time() - began, 1), **machine(run), **summary}
             write_whole(run.stage_dir(stage) / "done.json", json.dumps(done, indent=2) + "\n")
             if stage in CHECKPOINTS:  # an evaluation or a report from before is out of date
                 for later in ("eval", "report"):
@@ -245,6 +250,7 @@ def run_traced_sft(run: Run, stage: str, verifiers: Verifiers, *, teacher: str, 
                 seed=seed_of(run, stage),
                 recorder=recorder,
             )
+        write_whole(directory / "traces" / "done.json", "{}\n")
     traces = read_conversations(directory / "traces.jsonl")
     general = general_data(run, config.general, first=FIRST_PROBLEM[stage] + config.traces.problems)
     own = read_conversations(config.data) if config.data else []
@@ -345,7 +351,7 @@ def fitted(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 def seed_of(run: Run, stage: str) -> int:
     """Stages must not draw with each other's noise."""
-    return run.recipe.run.seed * 1_000_003 + STAGES.index(stage) * 100_003
+    return run.recipe.run.seed * 1_000_003 + (STAGES.index(stage) + 1) * 10_000_019
 
 
 def machine(run: Run) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Chains taken from right to left: 7+5*3 is 7+5 is 2. Never trained on; it shows what transfers from chain.py.
+"""Chains taken from right to left: 4+3*2 is 4+1 is 0. Never trained on; it shows what transfers from chain.py.
 
 The looks are a chain's and so is every single operation; the order is not, and so a step rewrites the other end.
 """
@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import random
 
-from abyssal.data.families.chain import calculate, draw_operators
+from abyssal.data.families.chain import MODULUS, MULTIPLIERS, SUMMANDS, calculate, draw_operators
 from abyssal.data.families.instance import Instance
 from abyssal.types import Language
 
-WORDING: dict[Language, str] = {"en": "Right to left modulo 10:", "zh": "从右到左模10："}
+WORDING: dict[Language, str] = {"en": "Right to left modulo 5:", "zh": "从右到左模5："}
 
 
 def draw_backward(rng: random.Random, level: int) -> Instance:
     """`level` operations; a step carries out the last one."""
-    # What stands left of "*" is the multiplier here, so that is what must be 3, 7 or 9 to keep answers uniform.
+    # What stands left of "*" is the multiplier here, so that is what must be 2 or 3 to keep answers uniform.
     state = "".join(
-        (rng.choice("379") if operator == "*" else rng.choice("123456789")) + operator
+        rng.choice(MULTIPLIERS if operator == "*" else SUMMANDS) + operator
         for operator in draw_operators(rng, level)
-    ) + str(rng.randrange(10))
+    ) + str(rng.randrange(MODULUS))
     steps, rest = [], state
     while len(rest) > 1:
         rest = rest[:-3] + calculate(rest[-3], rest[-2], rest[-1])

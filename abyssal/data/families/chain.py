@@ -1,9 +1,9 @@
-"""Chains of one-digit operations, taken from left to right modulo 10: 7+5*3 is 2*3 is 6.
+"""Chains of one-digit operations, taken from left to right modulo 5: 4+3*2 is 2*2 is 4.
 
-Without a step in between, a shallow network would have to compose a string of maps x -> a*x + b modulo 10, which do not
+Without a step in between, a shallow network would have to compose a string of maps x -> a*x + b modulo 5, which do not
 commute: attention cannot add them up in one go. That is why a chain always holds multiplications and never only those.
-Multipliers are 3, 7 or 9, so that every operation is a permutation of the digits and answers stay uniform; sums add or
-take 1 to 5, so that there are 130 facts to know and a small model has room for them.
+Multipliers are 2 or 3, so that every operation is a permutation of the digits, none undoes all the others, and answers
+stay uniform. Modulo 5 there are 50 facts to know, which a small model has room for.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import random
 from abyssal.data.families.instance import Instance
 from abyssal.types import Language
 
-WORDING: dict[Language, str] = {"en": "Left to right modulo 10:", "zh": "从左到右模10："}
+WORDING: dict[Language, str] = {"en": "Left to right modulo 5:", "zh": "从左到右模5："}
+
+MODULUS = 5
+MULTIPLIERS, SUMMANDS = "23", "1234"
 
 
 def draw_chain(rng: random.Random, level: int) -> Instance:
     """`level` operations; a step carries out the first one."""
-    state = str(rng.randrange(10)) + "".join(
-        operator + (rng.choice("379") if operator == "*" else rng.choice("12345"))
-        for operator in draw_operators(rng, level)
+    state = str(rng.randrange(MODULUS)) + "".join(
+        operator + rng.choice(MULTIPLIERS if operator == "*" else SUMMANDS) for operator in draw_operators(rng, level)
     )
     steps, rest = [], state
     while len(rest) > 1:
@@ -38,6 +40,6 @@ def draw_operators(rng: random.Random, level: int) -> list[str]:
 
 
 def calculate(left: str, operator: str, right: str) -> str:
-    """One operation on two digits, modulo 10: 3 - 4 is 9."""
+    """One operation on two digits, modulo 5: 3 - 4 is 4."""
     a, b = int(left), int(right)
-    return str((a + b if operator == "+" else a - b if operator == "-" else a * b) % 10)
+    return str((a + b if operator == "+" else a - b if operator == "-" else a * b) % MODULUS)
