@@ -82,7 +82,8 @@ def agreement(model: Transformer, completions: list[Completion], *, tokens_per_b
     for batch in _batches(completions, tokens_per_batch):
         lengths = [len(c.prompt_ids) + len(c.ids) - 1 for c in batch]  # the last token drawn was never an input
         device = model.embed_tokens.weight.device
-        ids_BT = torch.zeros(len(batch), max(lengths), dtype=torch.int64)
+        width = -(-max(lengths) // 8) * 8  # FP32 products give a row the same bits where rows come in fours
+        ids_BT = torch.zeros(len(batch), width, dtype=torch.int64)
         for row, (c, length) in enumerate(zip(batch, lengths, strict=True)):
             ids_BT[row, :length] = torch.tensor((c.prompt_ids + c.ids)[:length])
         routings: list[Routing] = []

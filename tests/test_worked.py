@@ -4,7 +4,15 @@ from collections import Counter
 import pytest
 
 from abyssal.data.problems import ProblemSource, make_problem, problem_at
-from abyssal.data.worked import CONNECTIVES, WebMix, right_content, web_document, write_thinking, wrong_answer
+from abyssal.data.worked import (
+    CONNECTIVES,
+    WebMix,
+    in_one_language,
+    right_content,
+    web_document,
+    write_thinking,
+    wrong_answer,
+)
 from abyssal.types import Problem
 
 CHAIN = Problem(prompt="?", answer="0", steps=("2*3-4+8", "6-4+8", "2+8", "0"))
@@ -95,3 +103,10 @@ def test_an_instruction_is_followed_after_the_thinking():
 def test_shares_outside_zero_and_one_are_refused():
     with pytest.raises(ValueError, match="worked_share=1.5"):
         WebMix(worked_share=1.5)
+
+
+def test_a_mixed_trace_is_put_into_the_language_of_the_question():
+    mixed = "so 2*2-1\n然后4-1\nnext 3"
+    assert in_one_language(mixed, "en") == "so 2*2-1\nthen 4-1\nnext 3"
+    assert in_one_language(mixed, "zh") == "所以2*2-1\n然后4-1\n接着3"
+    assert in_one_language("so a b c\nsorry 3", "zh") == "所以 a b c\nsorry 3"  # letters keep their space

@@ -10,6 +10,7 @@ languages to mix and the language-consistency reward something to act on.
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,6 +79,22 @@ def write_thinking(problem: Problem, *, words: Words, brevity: Brevity, rng: ran
     # In turn, not at random: a choice that nothing foretells teaches nothing and drowns the steps in noise.
     words_of = [CONNECTIVES[speech][i % len(CONNECTIVES[speech])] for i, speech in enumerate(spoken)]
     lines = (joined(word, step, speech) for word, speech, step in zip(words_of, spoken, steps, strict=True))
+    return "\n".join(lines)
+
+
+def in_one_language(thinking: str, language: Language) -> str:
+    """The same steps with their connectives in one language: "so 6-4\\n然后2" -> "so 6-4\\nthen 2".
+
+    What DeepSeek had V3 and people do to R1-Zero's traces before the cold start. Lines that open with no connective of
+    ours stay as they are.
+    """
+    place = {word: i for words in CONNECTIVES.values() for i, word in enumerate(words)}
+    opening = re.compile(rf"({'|'.join(place)})(?![a-z]) ?")
+    lines = []
+    for line in thinking.split("\n"):
+        if found := opening.match(line):
+            line = joined(CONNECTIVES[language][place[found[1]]], line[found.end() :], language)
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from abyssal.data.user_examples import read_conversations
+from abyssal.data.worked import in_one_language
 from abyssal.engine.engine import Engine
 from abyssal.evals.grade import Grade, grade
 from abyssal.record import Recorder
@@ -33,6 +34,7 @@ class TracesConfig:
     max_tokens: int = 128
     one_language: bool = True  # refuse thinking that holds words of another language than the question's
     thinking: bool = True  # refuse answers without thinking
+    rewrite: bool = False  # put mixed connectives into the question's language, as was done for R1's cold start
     least: int = 20  # kept traces below which the stage stops instead of training on next to nothing
 
     def __post_init__(self) -> None:
@@ -58,6 +60,7 @@ def sample_traces(
     params = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens)
     kept: list[Conversation] = []
     counts: Counter[str] = Counter()
+    n_rewritten = 0
     batch = max(1, 256 // config.answers)
     starts = range(0, config.problems, batch)
     for step, start in enumerate(starts):
@@ -65,6 +68,9 @@ def sample_traces(
         rollouts = sample_answers(
             engine, tokenizer, problems, answers_per_problem=config.answers, params=params, seed=seed + step
         )
+        if config.rewrite:
+            before, rollouts = rollouts, [rewritten(rollout) for rollout in rollouts]
+            n_rewritten += sum(a is not b for a, b in zip(before, rollouts, strict=True))
         grades = grade(rollouts, verifiers, tokenizer)
         reasons = [refusal(rollout, g, config) for rollout, g in zip(rollouts, grades, strict=True)]
         for i in range(0, len(rollouts), config.answers):
@@ -83,7 +89,10 @@ def sample_traces(
             },
         )
     refused = ", ".join(f"{reason} {n}" for reason, n in counts.most_common() if n)
-    recorder.log(f"kept {len(kept)} of {config.problems * config.answers} traces; refused: {refused or 'none'}")
+    recorder.log(
+        f"kept {len(kept)} of {config.problems * config.answers} traces; refused: {refused or 'none'}; "
+        f"rewritten into the question's language before that: {n_rewritten}"
+    )
     if len(kept) < config.least:
         raise ValueError(
             f"only {len(kept)} of {config.problems * config.answers} traces passed ({refused}); the model is "
@@ -91,6 +100,15 @@ def sample_traces(
         )
     write_conversations(path, kept)
     return kept
+
+
+def rewritten(rollout: Rollout) -> Rollout:
+    """The same trace with its words in the question's language; itself where nothing changes."""
+    message = rollout.message
+    if message.thinking is None:
+        return rollout
+    thinking = in_one_language(message.thinking, rollout.problem.language)
+    return rollout if thinking == message.thinking else replace(rollout, message=replace(message, thinking=thinking))
 
 
 def refusal(rollout: Rollout, g: Grade, config: TracesConfig) -> str | None:
