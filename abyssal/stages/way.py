@@ -8,11 +8,13 @@ A stage is done when its done.json is there. Everything before that line can be 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -152,6 +154,19 @@ def settled(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
     if stage == "tokenize":  # it lays the mix out in rows of this length
         read["pretrain.row_len"] = recipe["pretrain"]["row_len"]
     return read
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """One process at a time in a run directory: two would write each other's checkpoints. A killed one leaves no lock."""
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is walking {directory}; wait for it, stop it, or give this run another --run.name"
+            ) from None
+        yield
 
 
 def walk(run: Run, stages: tuple[str, ...] = STAGES) -> None:
