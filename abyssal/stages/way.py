@@ -158,7 +158,7 @@ def settled(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
 
 @contextmanager
 def alone(directory: Path) -> Iterator[None]:
-    """One process at a time in a run directory: two would write each other's checkpoints. A killed one leaves no lock."""
+    """One process at a time in a run directory, or two would write each other's files. A killed one leaves no lock."""
     with (directory / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,7 +171,7 @@ def alone(directory: Path) -> Iterator[None]:
 
 def walk(run: Run, stages: tuple[str, ...] = STAGES) -> None:
     """Each stage in turn; finished ones are named and passed over."""
-    with Verifiers() as verifiers:
+    with alone(run.directory), Verifiers() as verifiers:
         check_own_data(run, verifiers)
         for stage in stages:
             if (run.stage_dir(stage) / "done.json").is_file():
