@@ -117,7 +117,7 @@ def test_an_empty_corpus_leaves_nothing_half_written_and_can_be_put_right(home, 
     said = fails("run", MICRO)
     assert "corpus" in said
     left = {path.name for path in (home / "out" / "micro").rglob("*") if path.is_file()}
-    assert left <= {"recipe.toml", "metrics.jsonl", "samples.jsonl", "log.txt"}
+    assert left <= {".lock", "recipe.toml", "metrics.jsonl", "samples.jsonl", "log.txt"}
     # another corpus is no change of a run in which nothing has been made yet
     said = fails("run", MICRO, "--data.corpus", "elsewhere")
     assert "elsewhere" in said and "was begun with" not in said
