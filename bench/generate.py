@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
 from abyssal.engine.engine import Engine
-from abyssal.machine import set_threads
+from abyssal.machine import keep_freed_memory, set_threads
 from abyssal.model.transformer import Transformer
 from abyssal.types import SamplingParams
 
@@ -128,6 +128,7 @@ def measure(size: Size, batch: int, options: Options) -> dict[str, object]:
 
 def main(options: Options) -> None:
     set_threads(options.threads)
+    keep_freed_memory()  # as our commands do; it helps both sides, which share this process
     results = [measure(size, batch, options) for size in options.sizes for batch in options.batches]
     print(
         f"\ngeneration, {options.prompt_len} + {options.new_tokens} tokens, {options.dtype}, "
