@@ -94,3 +94,16 @@ def test_tokens_after_a_flip_are_not_compared_and_the_flip_is_counted():
 
 def test_nothing_to_compare_is_no_error():
     assert agreement(small_model(), []) == (0.0, 0.0, 0, 0, 0, 0)
+
+
+def test_sharp_attention_does_not_part_engine_and_trainer():
+    """In plain FP32 the two forms of MLA part by more than 1e-5 here; FP64 inside attention keeps them together."""
+    model = small_model("mla_moe")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "self_attn" in name and parameter.ndim == 2:
+                parameter.mul_(6)
+    engine = Engine(model, eos_ids=[], block_size=8)
+    completions = engine.generate(random_prompts([20, 3, 9] * 4), SamplingParams(max_tokens=40))
+    found = agreement(model, completions)
+    assert found.n_compared > 400 and found.max < 1e-5
