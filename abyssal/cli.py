@@ -20,7 +20,8 @@ from abyssal.checkpoint.atomic import find_directory
 from abyssal.evals.page import write_report
 from abyssal.stages.recipe import Recipe, read_recipe
 from abyssal.stages.results import print_results
-from abyssal.stages.way import CHECKPOINTS, STAGES, open_run, walk
+from abyssal.stages.run import CHECKPOINTS, STAGES
+from abyssal.stages.way import open_run, walk
 from abyssal.talk import talk
 from abyssal.types import SamplingParams
 

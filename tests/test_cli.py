@@ -15,7 +15,7 @@ from small_models import small_model
 
 from abyssal import cli
 from abyssal.checkpoint.save import save_checkpoint
-from abyssal.stages.way import STAGES
+from abyssal.stages.run import STAGES
 from abyssal.tokens.bpe import train_bpe
 from abyssal.tokens.tokenizer import Tokenizer
 

@@ -27,7 +27,7 @@ from abyssal.cli import dispatch
 from abyssal.data.held_out import is_held_out
 from abyssal.data.problems import problem_at
 from abyssal.stages.recipe import Recipe, read_recipe
-from abyssal.stages.way import CHECKPOINTS, FIRST_PROBLEM, STAGES
+from abyssal.stages.run import CHECKPOINTS, FIRST_PROBLEM, STAGES
 from abyssal.tokens.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.way

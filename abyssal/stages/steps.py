@@ -1,0 +1,200 @@
+"""What each stage of the way does with a run: its inputs gathered, its work called, its summary returned."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from abyssal.checkpoint.save import load_checkpoint
+from abyssal.data.problems import ProblemSource, problem_at
+from abyssal.data.user_examples import read_conversations
+from abyssal.data.worked import right_content, write_thinking
+from abyssal.engine.engine import Engine
+from abyssal.evals.page import write_report
+from abyssal.model.config import ModelConfig
+from abyssal.model.transformer import Transformer
+from abyssal.record import Recorder
+from abyssal.reward.verifiers import Verifiers
+from abyssal.stages.measure import measure
+from abyssal.stages.pretrain import pretrain
+from abyssal.stages.recipe import TracedSftConfig
+from abyssal.stages.rl import RlConfig, reinforce
+from abyssal.stages.run import CHECKPOINTS, FIRST_PROBLEM, STAGES, Run, write_whole
+from abyssal.stages.sft import fine_tune
+from abyssal.stages.tokenize import tokenize
+from abyssal.stages.traces import sample_traces
+from abyssal.tokens.tokenizer import Tokenizer
+from abyssal.types import Conversation, Message
+
+
+def run_tokenize(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
+    recipe = run.recipe
+    with run.recorder_at(stage)(0) as recorder:
+        tokenizer = tokenize(
+            run.stage_dir(stage),
+            config=recipe.tokenizer,
+            data=recipe.data,
+            row_len=recipe.pretrain.row_len,
+            seed=recipe.run.seed,
+            recorder=recorder,
+        )
+    return {"vocab_size": tokenizer.vocab_size}
+
+
+def run_pretrain(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
+    recipe, tokenizer = run.recipe, run.tokenizer()
+    pretrain(
+        run.stage_dir(stage),
+        config=recipe.pretrain,
+        model_config=fitted(recipe.model, tokenizer),
+        tokens_dir=run.stage_dir("tokenize"),
+        tokenizer=tokenizer,
+        seed=recipe.run.seed,
+        device=run.device,
+        recorder_at=run.recorder_at(stage),
+    )
+    return {}
+
+
+def run_rl(run: Run, stage: str, verifiers: Verifiers, *, start: str) -> dict[str, Any]:
+    config: RlConfig = getattr(run.recipe, stage)
+    reinforce(
+        run.stage_dir(stage),
+        config=config,
+        model=run.load(start, config.dtype),
+        tokenizer=run.tokenizer(),
+        stream=run.stream(config.instruction_share),
+        first_problem=FIRST_PROBLEM[stage],
+        verifiers=verifiers,
+        seed=seed_of(run, stage),
+        recorder_at=run.recorder_at(stage),
+    )
+    return {}
+
+
+def run_traced_sft(run: Run, stage: str, verifiers: Verifiers, *, teacher: str, start: str | None) -> dict[str, Any]:
+    """Traces of `teacher`, then SFT of `start`, or of a new student when there is none."""
+    config: TracedSftConfig = getattr(run.recipe, stage)
+    tokenizer, directory = run.tokenizer(), run.stage_dir(stage)
+    if not (directory / "traces.jsonl").is_file():
+        model = run.load(teacher, config.sft.dtype)
+        engine = Engine(model, eos_ids=[tokenizer.eos_id], max_batch=256, record_experts=False)
+        with Recorder(
+            directory / "traces", f"{stage} traces", STAGES.index(stage) + 1, len(STAGES), console=run.console
+        ) as recorder:
+            sample_traces(
+                directory,
+                config=config.traces,
+                engine=engine,
+                tokenizer=tokenizer,
+                stream=run.stream(),
+                first_problem=FIRST_PROBLEM[stage],
+                verifiers=verifiers,
+                seed=seed_of(run, stage),
+                recorder=recorder,
+            )
+        write_whole(directory / "traces" / "done.json", "{}\n")
+    traces = read_conversations(directory / "traces.jsonl")
+    general = general_data(run, config.general, first=FIRST_PROBLEM[stage] + config.traces.problems)
+    own = read_conversations(config.data) if config.data else []
+    model = student_base(run, tokenizer, config.sft.dtype) if start is None else run.load(start, config.sft.dtype)
+    fine_tune(
+        directory,
+        config=config.sft,
+        model=model,
+        tokenizer=tokenizer,
+        conversations=traces + general + own,
+        seed=seed_of(run, stage),
+        recorder_at=run.recorder_at(stage),
+    )
+    return {"traces": len(traces), "general": len(general), "own": len(own)}
+
+
+def run_eval(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
+    names = [name for stage_, name in CHECKPOINTS.items() if (run.stage_dir(stage_) / "done.json").is_file()]
+    if not names:
+        raise ValueError(f"{run.directory} has no checkpoint to evaluate yet; run `abyssal pretrain` first")
+    with run.recorder_at(stage)(0) as recorder:
+        measure(
+            run.stage_dir(stage),
+            config=run.recipe.eval,
+            source=run.recipe.data.problems,
+            load=lambda name: run.load(name, "float32"),
+            names=names,
+            tokenizer=run.tokenizer(),
+            verifiers=verifiers,
+            seed=seed_of(run, stage),
+            stream=run.stream(),
+            recorder=recorder,
+        )
+    return {"checkpoints": names}
+
+
+def run_report(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
+    return {"page": str(write_report(run.directory))}
+
+
+STEPS: dict[str, Callable[[Run, str, Verifiers], dict[str, Any]]] = {
+    "tokenize": run_tokenize,
+    "pretrain": run_pretrain,
+    "zero": partial(run_rl, start="base"),  # R1-Zero: no SFT before it
+    "cold_start": partial(run_traced_sft, teacher="zero", start="base"),
+    "reason": partial(run_rl, start="dev1"),
+    "reject": partial(run_traced_sft, teacher="dev2", start="base"),  # from the base again, as R1 does
+    "align": partial(run_rl, start="dev3"),
+    "distil": partial(run_traced_sft, teacher="r1", start=None),
+    "eval": run_eval,
+    "report": run_report,
+}
+
+
+def student_base(run: Run, tokenizer: Tokenizer, dtype: str) -> Transformer:
+    """A small dense model pretrained on the same rows as the base: what R1's students were before they were taught."""
+    directory = run.stage_dir("distil") / "base"
+    config = run.recipe.student_pretrain
+    if not (directory / "done.json").is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        k = STAGES.index("distil") + 1
+        pretrain(
+            directory,
+            config=config,
+            model_config=fitted(run.recipe.student, tokenizer),
+            tokens_dir=run.stage_dir("tokenize"),
+            tokenizer=tokenizer,
+            seed=run.recipe.run.seed,
+            device=run.device,
+            recorder_at=lambda step: Recorder(
+                directory, "student base", k, len(STAGES), resume_from_step=step, console=run.console
+            ),
+        )
+        write_whole(directory / "done.json", "{}\n")
+    return load_checkpoint(directory / "checkpoint", dtype=dtype, device=run.device).model
+
+
+def general_data(run: Run, count: int, *, first: int) -> list[Conversation]:
+    """Questions with a rule about the form of the answer, worked out and answered as the rule asks, in one language."""
+    source: ProblemSource = replace(run.recipe.data.problems, instruction_share=1.0)
+    conversations = []
+    for index in range(first, first + count):
+        problem = problem_at(source, run.recipe.run.seed, index)
+        thinking = None
+        if problem.steps:
+            thinking = write_thinking(
+                problem, words=problem.language, brevity="full", rng=random.Random(f"general {index}")
+            )
+        answer = Message(role="assistant", content=right_content(problem), thinking=thinking)
+        conversations.append([Message(role="user", content=problem.prompt), answer])
+    return conversations
+
+
+def fitted(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The model's table covers the vocabulary, padded to 64 rows as its kernels like."""
+    return replace(config, vocab_size=-(-tokenizer.vocab_size // 64) * 64)
+
+
+def seed_of(run: Run, stage: str) -> int:
+    """Stages must not draw with each other's noise."""
+    return run.recipe.run.seed * 1_000_003 + (STAGES.index(stage) + 1) * 10_000_019
