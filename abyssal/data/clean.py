@@ -2,8 +2,8 @@
 
 In this order: empty, exact duplicate, quality, language, evaluation item, near duplicate. Documents are streamed; what
 stays in memory is a hash and a sketch of each, some 3 kB. Duplicates are looked for across all sources and across the
-held-out split, so that no held-out text has a twin in training; the ten-word rule is not applied between the two sides of
-a corpus, since licences and idioms stand everywhere. (DeepSeek-V3 section 4.1; DeepSeekMath section 2.1)
+held-out split, so that no held-out text has a twin in training; the ten-word rule is not applied between the two sides
+of a corpus, since licences and idioms stand everywhere. (DeepSeek-V3 section 4.1; DeepSeekMath section 2.1)
 """
 
 from __future__ import annotations

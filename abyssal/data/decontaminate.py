@@ -1,9 +1,9 @@
 """Evaluation items inside training text: a document that shares ten words in a row with one is refused.
 
-As DeepSeekMath does (section 2.1): an item of fewer words than that is looked for as a whole; one of fewer than six (there:
-three) not at all, since any text might hold it. Items and documents are compared without case, white space and punctuation.
-Runs that stand in more than ten different items are the set's own wording ("answer with a number") and say nothing about
-an item. Each of these cases is counted.
+As DeepSeekMath does (section 2.1): an item of fewer words than that is looked for as a whole; one of fewer than six
+(there: three) not at all, since any text might hold it. Items and documents are compared without case, white space and
+punctuation. Runs that stand in more than ten different items are the set's own wording ("answer with a number") and say
+nothing about an item. Each of these cases is counted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class EvaluationItems:
 
     def __init__(self, sets: Mapping[str, Iterable[str]], n: int) -> None:
         if n < SHORTEST:
-            raise ValueError(f"data.clean.decontaminate={n} words would be found anywhere; use {SHORTEST} or more, or 0")
+            raise ValueError(f"data.clean.decontaminate={n} words stand anywhere; use {SHORTEST} or more, or 0")
         self.n_items: dict[str, int] = {}
         self.n_too_short = 0
         runs: list[tuple[str, str, str]] = []  # run, set, item

@@ -72,11 +72,28 @@ def write_documents(
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     partial.mkdir(parents=True)
+    try:
+        _fill(partial, sources, cleaner, max_bytes=max_bytes, held_out_share=held_out_share, on_document=on_document)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fill(
+    folder: Path,
+    sources: Sequence[Source],
+    cleaner: Cleaner,
+    *,
+    max_bytes: Mapping[str, int],
+    held_out_share: float,
+    on_document: Callable[[float], None],
+) -> None:
     expected = [max(1, min(max_bytes[source.name], source.n_bytes)) for source in sources]
     for k, source in enumerate(sources):
         with ExitStack() as stack:
             files: dict[Side, BinaryIO] = {
-                side: stack.enter_context(open(path_of(partial, k, side), "wb")) for side in ("train", "held_out")
+                side: stack.enter_context(open(path_of(folder, k, side), "wb")) for side in ("train", "held_out")
             }
             for share_done in _judged(
                 source, cleaner, files, max_bytes=max_bytes[source.name], held_out_share=held_out_share
@@ -85,12 +102,10 @@ def write_documents(
             n_train = files["train"].tell()
         if n_train == 0:
             raise ValueError(nothing_left(source.name, cleaner.counts.get(source.name, Counts())))
-    if all(path_of(partial, k, "held_out").stat().st_size == 0 for k in range(len(sources))):
+    if all(path_of(folder, k, "held_out").stat().st_size == 0 for k in range(len(sources))):
         names = ", ".join(source.name for source in sources)  # so small that the hash held none of it out
         raise ValueError(f"corpus {names} has no held_out document; add documents to it")
-    (partial / "sources.json").write_text(json.dumps([source.name for source in sources]), encoding="utf-8")
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(partial, directory)
+    (folder / "sources.json").write_text(json.dumps([source.name for source in sources]), encoding="utf-8")
 
 
 def _judged(

@@ -52,14 +52,14 @@ def kind_of(suffix: str) -> Kind:
 
 def pieces_of(path: Path, *, longest: int = PIECE_CHARS, errors: str = "strict") -> Iterator[str]:
     """A text file, packed or not, as pieces of at most `longest` characters, cut at an empty line or a line's end."""
-    # .dz is gzip with an index of its own
-    with (gzip.open if path.suffix in (".gz", ".dz") else open)(path, "rt", encoding="utf-8-sig", errors=errors) as file:
+    opened = gzip.open if path.suffix in (".gz", ".dz") else open  # .dz is gzip with an index of its own
+    with opened(path, "rt", encoding="utf-8-sig", errors=errors) as file:
         rest = ""
         while more := file.read(longest):
             rest += more
             while len(rest) > longest:
-                cut = max(rest.rfind("\n\n", 0, longest) + 2, rest.rfind("\n", 0, longest) + 1)
-                cut = cut if cut > longest // 2 else longest  # no line break near: cut where it is
+                breaks = (rest.rfind("\n\n", 0, longest) + 2, rest.rfind("\n", 0, longest) + 1)
+                cut = next((cut for cut in breaks if cut > longest // 2), longest)  # no break near: where it is
                 yield rest[:cut]
                 rest = rest[cut:]
         if rest:

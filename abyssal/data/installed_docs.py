@@ -1,6 +1,6 @@
 """Documentation that packages bring: found, one format a manual, as plain documents.
 
-Owns which files of a documentation tree are text worth reading. Does not own formats (markup.py) or fetching (debian.py).
+Owns which files of a documentation tree are worth reading. Does not own formats (markup.py) or fetching (debian.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from abyssal.data.documents import PIECE_CHARS, Document, Source, in_seeded_order, pieces_of
-from abyssal.data.markup import PLAIN, from_roff, from_wordnet
+from abyssal.data.markup import PLAIN, from_wordnet
 
 ROOTS = ("/usr/share/doc", "/usr/share/perl", "/usr/share/perl5", "/usr/share/man", "/usr/local/share/doc")
 TEXT = frozenset(".txt .md .rst .pod .dict".split())

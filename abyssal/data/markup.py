@@ -56,7 +56,8 @@ def from_roff(page: str) -> str:
             lines.append("")
     text = _ROFF_DROP.sub("", "\n".join(lines))
     text = re.sub(r"\\\((..)|\\\[(\w+)\]", lambda m: _ROFF_SIGN.get(m[1] or m[2], ""), text)
-    text = text.replace("\\-", "-").replace("\\e", "\\").replace("\\~", " ").replace("\\ ", " ").replace("\\'", "'")
+    for sign, shown in (("\\-", "-"), ("\\~", " "), ("\\ ", " "), ("\\'", "'"), ("\\e", "\\")):
+        text = text.replace(sign, shown)
     return tidy(text)
 
 

@@ -1,8 +1,8 @@
 """Near duplicates: documents that share most of their runs of five words. (MinHash: Broder 1997)
 
-A document's set of runs is sketched in 128 numbers, so that two sketches agree in as large a share of places as the sets
-overlap (Jaccard), give or take 0.04. Sketches that agree in a whole band of four places are candidates, found by hash
-and then compared place by place. Sketches and bands are the library rensa's; about 2.5 kB stay in memory per document.
+A document's set of runs is sketched in 128 numbers, so that two sketches agree in as large a share of places as the
+sets overlap (Jaccard), give or take 0.04. Sketches that agree in a whole band of four places are candidates, found by
+hash and then compared place by place. Sketches and bands are the library rensa's; 2.5 kB stay in memory per document.
 """
 
 from __future__ import annotations

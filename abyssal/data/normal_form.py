@@ -17,12 +17,12 @@ _ASCII_WORD = re.compile(r"[a-z0-9_]+")
 
 
 def canonical(text: str) -> str:
-    """"A  b\\nC." -> "a b c."."""
+    """ "A  b\\nC." -> "a b c."."""
     return " ".join(text.casefold().split())
 
 
 def words(text: str) -> list[str]:
-    """"Don't 从左 X=3" -> ["don", "t", "从", "左", "x", "3"]. Full-width and composed letters become the plain ones."""
+    """ "Don't 从左 X=3" -> ["don", "t", "从", "左", "x", "3"]. Full-width letters become the plain ones."""
     text = text.lower()
     if text.isascii():
         return _ASCII_WORD.findall(text)

@@ -1,7 +1,7 @@
-"""Is a text worth training on? Simple measures, each with a limit and a name. (After Gopher, appendix A1, and StarCoder)
+"""Is a text worth training on? Simple measures, each with a limit and a name. (After Gopher, appendix A1; StarCoder)
 
-Prose and code are judged apart: what spoils a page of prose (signs everywhere, the same line again and again) is how code
-looks, while code is spoilt by what machines wrote. A share is of characters that are no white space.
+Prose and code are judged apart: what spoils a page of prose (signs everywhere, the same line again and again) is how
+code looks, while code is spoilt by what machines wrote. A share is of characters that are no white space.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def repeated_share(parts: list[str]) -> float:
 
 
 def broken_share(text: str, n_chars: int) -> float:
-    """U+FFFD stands where bytes were no character; of the control characters only tab, new lines and form feed are text."""
+    """U+FFFD stands where bytes were no character. Tab, new lines and form feed are the only controls in a text."""
     controls = sum(text.count(sign) for sign in _CONTROLS if sign in text)
     return (controls + text.count("\N{REPLACEMENT CHARACTER}")) / n_chars
 

@@ -49,6 +49,7 @@ class RunFiles:
     stages: list[StageFiles] = field(default_factory=list)
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
     traces: list[dict[str, Any]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)  # what became of the documents; runs before it have none
 
     def overall(self, checkpoint: str) -> dict[str, Any]:
         return _dict(self.checkpoints.get(checkpoint, {}).get("overall"))
@@ -73,6 +74,7 @@ def read_run(run_dir: Path) -> RunFiles:
         stages=[_stage(run_dir / name, name) for name in in_order(names, STAGES)],
         checkpoints={name: checkpoints[name] for name in in_order(checkpoints, CHECKPOINTS)},
         traces=[trace for trace in traces if isinstance(trace, dict)] if isinstance(traces, list) else [],
+        data=_dict(_json(run_dir / "tokenize" / "data_report.json")),
     )
 
 

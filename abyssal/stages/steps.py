@@ -18,6 +18,7 @@ from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
 from abyssal.record import Recorder
 from abyssal.reward.verifiers import Verifiers
+from abyssal.stages.evaluation_sets import evaluation_sets
 from abyssal.stages.measure import measure
 from abyssal.stages.pretrain import pretrain
 from abyssal.stages.recipe import TracedSftConfig
@@ -37,6 +38,7 @@ def run_tokenize(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
             run.stage_dir(stage),
             config=recipe.tokenizer,
             data=recipe.data,
+            evaluation=evaluation_sets(run, eval_seed=seed_of(run, "eval")),
             row_len=recipe.pretrain.row_len,
             seed=recipe.run.seed,
             recorder=recorder,
