@@ -1,6 +1,7 @@
 """Stage `tokenize` on a user's corpus: what is refused never becomes tokens, and the report says what happened."""
 
 import json
+import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -41,9 +42,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     (home / "more.jsonl").write_text("".join(json.dumps({"text": "More. " + page(i)}) + "\n" for i in range(100, 140)))
     return DataConfig(
         mix={str(home / "log"): 3.0, str(home / "more.jsonl"): 1.0},
-        text_share=0.5,
+        text_share=0.9,
         fim_rate=0.0,
-        tokens=40_000,
+        tokens=120_000,
         problems=ProblemSource(levels=(1, 2)),
         held_out_tokens=2_000,
         clean=CleanConfig(near_duplicates=0, limits=replace(CleanConfig().limits, repeated_grams=1.0)),
@@ -77,7 +78,8 @@ def text_of(directory: Path, split: str) -> str:
 
 def test_what_is_refused_never_becomes_tokens(done: Path):
     train = text_of(done, "train")
-    assert "Page 6 of the log." in train and "More. Page 1" in train
+    pages = set(re.findall(r"(More. )?Page (\d+) of the log", train))
+    assert 70 <= sum(more == "" for more, _ in pages) <= 80 and 30 <= sum(more != "" for more, _ in pages) <= 40
     assert "Zanzibar" not in train + text_of(done, "held_out") and "PAGE 5" not in train
 
 
@@ -92,14 +94,12 @@ def test_the_report_counts_by_source_and_reason(data: DataConfig, report: dict[s
 
 
 def test_the_report_says_how_often_each_source_was_read_over(data: DataConfig, report: dict[str, Any]):
-    """20,000 tokens of text, three quarters from the log: its pages several times, its bytes in proportion."""
+    """Three quarters of the text are from the log, in bytes, however often its pages must come again for it."""
     used = report["train_text"]
     log, more = (used[name] for name in data.mix)
     assert log["bytes"] / (log["bytes"] + more["bytes"]) == pytest.approx(0.75, abs=0.03)
-    assert log["epochs"] == pytest.approx(
-        log["documents"] / (report["sources"][list(data.mix)[0]]["kept"] - 4), rel=0.1
-    )
-    assert log["epochs"] > 0.2
+    assert log["epochs"] == pytest.approx(log["documents"] / 80, rel=0.1)  # a few of the 80 are held out
+    assert log["epochs"] > 1.5 and more["epochs"] > 1
 
 
 def test_the_step_line_counts_documents(done: Path):
@@ -113,8 +113,8 @@ def test_the_page_shows_it(done: Path, report: dict[str, Any]):
     html = write_report(done.parent).read_text(encoding="utf-8")
     section = html[html.index('<section id="data">') :]
     section = section[: section.index("</section>")]
-    for seen in ("75%", "evaluation item", "exact duplicate", "1 of 1 evaluation items", "10 words in a row", "en 121"):
-        assert seen in section.replace("75.0%", "75%").replace("75 %", "75%"), seen
+    for seen in ("75.0\xa0%", "evaluation item", "exact duplicate", "1 of 1 evaluation items", "10 words", "en 121"):
+        assert seen in section, seen
 
 
 def test_the_same_data_gives_the_same_rows(done: Path, data: DataConfig, tmp_path: Path):

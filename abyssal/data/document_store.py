@@ -28,10 +28,12 @@ class DocumentFile:
 
     def __init__(self, directory: Path, *, source: str, number: int, side: Side) -> None:
         self.source = source
-        self._file: BinaryIO = open(path_of(directory, number, side), "rb")
+        self.number = number  # of the source
+        self._path = path_of(directory, number, side)
         self._starts = array("q", [0])
-        for line in self._file:
-            self._starts.append(self._starts[-1] + len(line))
+        with open(self._path, "rb") as file:
+            for line in file:
+                self._starts.append(self._starts[-1] + len(line))
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -41,8 +43,9 @@ class DocumentFile:
         return self._starts[-1]
 
     def text(self, number: int) -> str:
-        self._file.seek(self._starts[number])
-        line = self._file.read(self._starts[number + 1] - self._starts[number])
+        with open(self._path, "rb") as file:
+            file.seek(self._starts[number])
+            line = file.read(self._starts[number + 1] - self._starts[number])
         return str(json.loads(line)["text"])
 
 
@@ -100,6 +103,7 @@ def _fill(
             ):
                 on_document((sum(expected[:k]) + share_done * expected[k]) / sum(expected))
             n_train = files["train"].tell()
+        on_document(sum(expected[: k + 1]) / sum(expected))
         if n_train == 0:
             raise ValueError(nothing_left(source.name, cleaner.counts.get(source.name, Counts())))
     if all(path_of(folder, k, "held_out").stat().st_size == 0 for k in range(len(sources))):

@@ -39,7 +39,7 @@ class Mixture:
         k = min(range(len(self.files)), key=lambda k: self._n_bytes[k] / self._weights[k])
         file = self.files[k]
         epoch, place = divmod(self._n_drawn[k], len(file))
-        text = file.text(shuffled_index(place, len(file), key=f"{self._seed}:{file.source}:{epoch}"))
+        text = file.text(shuffled_index(place, len(file), key=f"{self._seed}:{file.number}:{epoch}"))
         self._n_drawn[k] += 1
         self._n_bytes[k] += len(text.encode())
         return Drawn(text, k)
