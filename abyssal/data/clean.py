@@ -52,13 +52,15 @@ class Counts:
     """What became of the documents of one source, or of all."""
 
     read: int = 0
+    read_bytes: int = 0
     kept: int = 0
     kept_bytes: int = 0
     refused: Counter[str] = field(default_factory=Counter)
 
     def as_dict(self) -> dict[str, Any]:
         reasons = dict(self.refused.most_common())
-        return {"read": self.read, "kept": self.kept, "kept_bytes": self.kept_bytes, "refused": reasons}
+        sizes = {"read_bytes": self.read_bytes, "kept_bytes": self.kept_bytes}
+        return {"read": self.read, "kept": self.kept, **sizes, "refused": reasons}
 
 
 class Cleaner:
@@ -81,12 +83,14 @@ class Cleaner:
     def keeps(self, document: Document, source: str) -> bool:
         """Whether the document is fit; either way it is counted."""
         counts = self.counts.setdefault(source, Counts())
+        n_bytes = len(document.text.encode())
         counts.read += 1
+        counts.read_bytes += n_bytes
         if reason := self._fault(document):
             counts.refused[reason] += 1
             return False
         counts.kept += 1
-        counts.kept_bytes += len(document.text.encode())
+        counts.kept_bytes += n_bytes
         return True
 
     def _fault(self, document: Document) -> str | None:
@@ -125,6 +129,7 @@ class Cleaner:
         total = Counts()
         for counts in self.counts.values():
             total.read += counts.read
+            total.read_bytes += counts.read_bytes
             total.kept += counts.kept
             total.kept_bytes += counts.kept_bytes
             total.refused += counts.refused
