@@ -134,7 +134,6 @@ def clean_documents(
     max_bytes = {name: max(1, round(weight * data.corpus_bytes)) for name, weight in data.weights.items()}
     write_documents(stage_dir / "documents", sources, cleaner, max_bytes=max_bytes, on_document=show)
     report = {"weights": data.weights} | cleaner.report()
-    report["seconds"] = round(time.monotonic() - began, 1)
     total = report["total"]
     recorder.log(f"documents: {total['read']} read, {total['kept']} kept, refused {total['refused']}")
     return report
