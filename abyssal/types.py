@@ -114,10 +114,12 @@ class DrawnFrom:
 class Completion:
     """What the engine returns for one prompt.
 
-    `logps` are log-probs under the model's own distribution (temperature 1, nothing cut), one per id in `ids`; `ids`
-    includes the end token when `finish_reason` is "stop". `experts` (n_computed, n_moe_layers, K) uint8 are the experts
-    chosen at each computed position (prompt, then all of `ids` but the last), or None for a dense model.
-    `drawn_from` is None when the ids were drawn from the model's own distribution, or nobody asked the engine to tell.
+    `logps` are log-probs under the model's own distribution (temperature 1, nothing cut but ids that no tokenizer
+    has), one per id in `ids`, however the ids were drawn: what users of an API expect, and what engine and trainer are
+    compared by. A policy ratio is of `drawn_from.logps` where there are any. `ids` includes the end token when
+    `finish_reason` is "stop". `experts` (n_computed, n_moe_layers, K) uint8 (int16 above 256 experts) are those chosen
+    at each computed position (prompt, then all of `ids` but the last), or None for a dense model. `drawn_from` is None
+    when the ids were drawn from the model's own distribution, or nobody asked the engine to tell.
     """
 
     prompt_ids: list[int]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from abyssal.engine.blocks import BlockPool, blocks_for
 from abyssal.engine.runner import Runner
-from abyssal.engine.sampler import Sampling, derive_seed, drawn_from, sample, sampling
+from abyssal.engine.sampler import Sampling, derive_seed, kept_ids, sample, sampled_logps, sampling
 from abyssal.engine.scheduler import Scheduler
 from abyssal.engine.sequence import Rows, Sequence
 from abyssal.model.config import ModelConfig
@@ -160,7 +160,7 @@ class Engine:
         rows.logps_RT[rows_B, positions_B] = logps_B
         rows.length_R[rows_B] = positions_B + 1
         if self._record_sampling and drawn.probs_BV is not None and (how.any_scaled or how.any_filter):
-            self._note_sampling(rows_B, drawn.probs_BV, drawn.ids_B)
+            self._note_sampling(rows_B, drawn.probs_BV, drawn.ids_B, any_filter=how.any_filter)
         is_eos_B = self._is_eos_V[ids_B]
         is_done_B = is_eos_B | (positions_B + 1 >= rows.limit_R[rows_B])
         return [
@@ -168,14 +168,16 @@ class Engine:
             for row, is_eos in zip(rows_B[is_done_B], is_eos_B[is_done_B], strict=True)
         ]
 
-    def _note_sampling(self, rows_B: np.ndarray, probs_BV: Tensor, ids_B: Tensor) -> None:
-        logps_B, kept = drawn_from(probs_BV, ids_B)
-        for row, logp, ids in zip(rows_B.tolist(), logps_B.tolist(), kept, strict=True):
-            sequence = self._rows.sequence_in(row)
+    def _note_sampling(self, rows_B: np.ndarray, probs_BV: Tensor, ids_B: Tensor, *, any_filter: bool) -> None:
+        """Write down what each id was drawn from, where that is not the model's own distribution."""
+        sequences = [self._rows.sequence_in(row) for row in rows_B.tolist()]
+        for sequence, logp in zip(sequences, sampled_logps(probs_BV, ids_B).tolist(), strict=True):
             if not sequence.params.is_plain:
                 sequence.sampled_logps.append(logp)
-            if sequence.params.cuts:
-                sequence.kept.append(ids)
+        if any_filter:
+            for sequence, ids in zip(sequences, kept_ids(probs_BV), strict=True):
+                if sequence.params.cuts:
+                    sequence.kept.append(ids)
 
     def _sampling(self, rows_B: np.ndarray, device: torch.device) -> Sampling:
         """How these rows draw. Kept while the whole batch runs on unchanged."""

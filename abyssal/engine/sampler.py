@@ -84,12 +84,16 @@ def sample(logits_BV: Tensor, positions_B: Tensor, how: Sampling) -> Drawn:
     return Drawn(ids_B, logps_BV.gather(-1, ids_B[:, None])[:, 0], probs_BV)
 
 
-def drawn_from(probs_BV: Tensor, ids_B: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """What was drawn from, in short: the log-prob of each id under it, and each row's ids that had a probability."""
-    logps_B = (probs_BV.gather(-1, ids_B[:, None])[:, 0] / probs_BV.sum(-1)).log()
+def sampled_logps(probs_BV: Tensor, ids_B: Tensor) -> Tensor:
+    """Log-prob of each id under what it was drawn from."""
+    return (probs_BV.gather(-1, ids_B[:, None])[:, 0] / probs_BV.sum(-1)).log()
+
+
+def kept_ids(probs_BV: Tensor) -> list[Tensor]:
+    """Each row's ids that had a probability, int32 on the host."""
     row_X, kept_X = (probs_BV > 0).nonzero(as_tuple=True)
     counts_B = torch.bincount(row_X, minlength=len(probs_BV))
-    return logps_B, list(kept_X.to(torch.int32).cpu().split(counts_B.tolist()))
+    return list(kept_X.to(torch.int32).cpu().split(counts_B.tolist()))
 
 
 def probabilities(logits_BV: Tensor, how: Sampling) -> Tensor:
