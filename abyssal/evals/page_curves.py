@@ -64,6 +64,33 @@ LEARNING = (
         fmt="percent",
     ),
     Panel(
+        title="Reward model against hidden truth, deviations",
+        lines=(
+            ("preference_reward", "reward", False),
+            ("preference_truth", "truth", False),
+            ("held_out_preference_reward", "held-out reward", True),
+            ("held_out_preference_truth", "held-out truth", True),
+        ),
+    ),
+    Panel(
+        title="Open requests: the truth",
+        lines=(
+            ("held_out_helpful_share", "held-out helpful", True),
+            ("held_out_safe_share", "held-out safe", True),
+            ("preference_agreement", "reward agrees", False),
+        ),
+        fmt="percent",
+    ),
+    Panel(
+        title="Pairs ordered rightly",
+        lines=(
+            ("pair_accuracy", "training", False),
+            ("held_out_helpfulness_accuracy", "helpfulness", True),
+            ("held_out_safety_accuracy", "safety", True),
+        ),
+        fmt="percent",
+    ),
+    Panel(
         title="Groups without variance", lines=(("zero_variance_share", "nothing to learn from", False),), fmt="percent"
     ),
     Panel(title="Balance: max violation", lines=(("max_violation", "max violation", False),)),
@@ -104,7 +131,10 @@ STAGE_TITLES = {
     "cold_start": ("Cold start", "Readable traces of zero, filtered, teach base its form. Leaves dev1."),
     "reason": ("Reasoning RL", "GRPO with the reward for staying in the language of the question. Leaves dev2."),
     "reject": ("Rejection sampling and SFT", "The best of dev2, with general data, from base again. Leaves dev3."),
-    "align": ("RL for all scenarios", "Rules wherever an instruction can be checked. Leaves r1."),
+    "align": (
+        "RL for all scenarios",
+        "Rules where an answer can be checked, in the last part a reward model for the rest. Leaves r1.",
+    ),
     "distil": ("Distillation", "Traces of r1 teach a small dense model. Leaves student."),
     "eval": ("Evaluation", "Every checkpoint on problems that no stage could see."),
 }
