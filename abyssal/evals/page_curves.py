@@ -135,6 +135,10 @@ STAGE_TITLES = {
         "RL for all scenarios",
         "Rules where an answer can be checked, in the last part a reward model for the rest. Leaves r1.",
     ),
+    "align/reward_model": (
+        "Reward model",
+        "Which of two answers is better, for helpfulness and for safety: learned from pairs, tried on held-out ones.",
+    ),
     "distil": ("Distillation", "Traces of r1 teach a small dense model. Leaves student."),
     "eval": ("Evaluation", "Every checkpoint on problems that no stage could see."),
 }
@@ -155,6 +159,8 @@ def curves_section(stages: list[StageFiles]) -> Markup:
 
 
 def stage_title(name: str) -> str:
+    if name in STAGE_TITLES:
+        return STAGE_TITLES[name][0]
     head, _, branch = name.partition("/")
     title = STAGE_TITLES.get(head, (head.replace("_", " ").capitalize(), ""))[0]
     return f"{title}: {branch.replace('_', ' ')}" if branch else title
@@ -190,7 +196,9 @@ def _stage_part(stage: StageFiles) -> Markup:
     head = stage.name.split("/")[0]
     parts = [
         Markup('<h3 id="stage-{}">{}</h3>').format(stage.name.replace("/", "-"), stage_title(stage.name)),
-        Markup('<p class="note" style="margin-bottom:4px">{}</p>').format(STAGE_TITLES.get(head, ("", ""))[1]),
+        Markup('<p class="note" style="margin-bottom:4px">{}</p>').format(
+            STAGE_TITLES.get(stage.name, STAGE_TITLES.get(head, ("", "")))[1]
+        ),
         Markup('<p class="stage-facts">{}</p>').format(_facts(stage)),
         Markup('<div class="charts">{}</div>').format(Markup("").join(learning)),
         _folded("Can it be trusted: entropy, KL, clipping, expert flips, the verifier", trust),

@@ -22,7 +22,7 @@ from abyssal.checkpoint.save_reward import load_reward_model, save_reward_model
 from abyssal.data.preferences import Pair
 from abyssal.data.problems import ProblemSource
 from abyssal.engine.engine import Engine
-from abyssal.loss.preference import bradley_terry
+from abyssal.loss.bradley_terry import bradley_terry
 from abyssal.model.reward_head import RewardModel
 from abyssal.model.transformer import Transformer
 from abyssal.optim.clip import clip_gradients
