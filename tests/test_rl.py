@@ -330,7 +330,12 @@ def test_a_stopped_align_goes_on_to_the_same_numbers_and_records_reward_and_trut
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"preference_share": 1.5}, "preference_share=1.5 is"), ({"preference_clip": 0.0}, "would leave no reward")],
+    [
+        ({"preference_share": 1.5}, "preference_share=1.5 is"),
+        ({"preference_clip": 0.0}, "would leave no reward"),
+        ({"preference_weight": -1.0}, "would leave no reward"),
+        ({"preference_share": 0.1, "steps": 4, "preference_last": 0.1}, "is no step"),
+    ],
 )
 def test_preference_settings_that_make_no_sense_are_refused(change: dict[str, float], message: str):
     with pytest.raises(ValueError, match=message):

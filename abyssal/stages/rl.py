@@ -74,8 +74,16 @@ class RlConfig:
         for name in ("preference_share", "preference_last"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a share; give a number from 0 to 1")
-        if self.preference_clip <= 0:
-            raise ValueError(f"preference_clip={self.preference_clip} would leave no reward; R1-like runs take about 3")
+        if self.preference_clip <= 0 or self.preference_weight <= 0:
+            raise ValueError(
+                f"preference_clip={self.preference_clip}, preference_weight={self.preference_weight} would leave no "
+                f"reward; give both a number above 0"
+            )
+        if self.preference_share and round(self.steps * self.preference_last) < 1:
+            raise ValueError(
+                f"preference_last={self.preference_last} of steps={self.steps} is no step: preference_share="
+                f"{self.preference_share} would train a reward model and never ask it; raise one, or set the share to 0"
+            )
         if self.answers < 2:
             raise ValueError(f"answers={self.answers}: an answer is compared with its group; draw at least 2")
 
