@@ -36,7 +36,8 @@ class Problem:
     `key` names the instance without regard to language or wording; the held-out split is a hash of it.
     `steps` are the states a worked solution writes down, in order; empty when nobody worked it out.
     `verifier` is "exact" (the same text), "answer" (the same text or, by math-verify, the same value), "instruction" (a
-    rule in `metadata`), "reasoning_gym:<task>", or "module:function" of the user's own.
+    rule in `metadata`), "request" (an open one, in `metadata`), "reasoning_gym:<task>", or "module:function" of the
+    user's own.
     """
 
     prompt: str

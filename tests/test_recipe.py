@@ -62,6 +62,7 @@ def test_the_round_trip_keeps_what_is_hard_to_spell(tmp_path: Path):
         ({"pretrain": {"isolate": 1}}, "pretrain.isolate=1 must be of type bool"),
         ({"pretrain": {"dtype": "float16"}}, "pretrain.dtype='float16'; use one of 'float32', 'bfloat16'"),
         ({"pretrain": 5}, "pretrain=5 must be a table"),
+        ({"zero": {"preference_share": 0.1}}, "zero.preference_share=0.1: rules alone reward zero"),
         ({"data": {"problems": {"levels": [1]}}}, r"data.problems.levels=\[1\] must be a list of 2 values"),
         ({"data": {"problems": {"levels_of": {"chain": ["1", 2]}}}}, "levels_of.chain='1' must be of type int"),
         ({"model": {k: v for k, v in MODEL.items() if k != "hidden_size"}}, "model.hidden_size is missing"),

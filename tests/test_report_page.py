@@ -1,5 +1,6 @@
 """The report of a made-up run: complete, half done, hostile. What a reader must find on the page is looked for."""
 
+import html
 import json
 import math
 import random
@@ -172,6 +173,28 @@ def test_every_chapter_curve_and_number_is_there(whole):
     assert "31.2 %" in whole and "58.1 %" in whole and "+26.9" in whole and "27.0–35.3" in whole
     assert "never trained on" in whole and "✗ wrong" in whole and "✓ right" in whole
     assert page.tags.count("svg") > 40
+
+
+def test_reward_and_hidden_truth_stand_in_one_chart_from_where_they_begin(tmp_path):
+    """A stage without them has no such chart; the reward model has a part of its own, named as one."""
+    watched = [
+        {"step": step, "reward": 0.5, "accuracy": 0.5, "loss": 0.1}
+        | ({"preference_reward": 0.1 * step, "preference_truth": 0.3} if step >= 3 else {})
+        for step in range(6)
+    ]
+    _stage(tmp_path / "zero", [{"step": 0, "reward": 0.5, "accuracy": 0.5, "loss": 0.1}])
+    _stage(tmp_path / "align", watched)
+    _stage(
+        tmp_path / "align/reward_model",
+        [{"step": 0, "loss": 0.69, "pair_accuracy": 0.5, "held_out_helpfulness_accuracy": 0.75}],
+    )
+    page = text_of(write_report(tmp_path))
+    Page(page)
+    (chart,) = re.findall(r'<svg[^>]*aria-label="Reward model against hidden truth.*?</svg>', page)
+    hover = json.loads(html.unescape(re.search(r'data-hover="([^"]*)"', chart)[1]))
+    assert {one["n"]: [x for x, _ in one["p"]] for one in hover["s"]} == {"reward": [3, 4, 5], "truth": [3, 4, 5]}
+    assert page.count('aria-label="Pairs ordered rightly"') == 1
+    assert '<h3 id="stage-align-reward_model">Reward model</h3>' in page
 
 
 def test_the_page_needs_nothing_from_outside(whole):

@@ -23,9 +23,22 @@ from abyssal.engine.engine import Engine
 from abyssal.evals.grade import Grade, error_reasons, summary
 from abyssal.model.transformer import Transformer
 from abyssal.record import Recorder
+from abyssal.reward.open_request import heads_of
 from abyssal.reward.verifiers import Verifiers
 from abyssal.stages.policy_update import GrpoConfig
-from abyssal.stages.rl import Groups, ProblemStream, RlConfig, draw_groups, learnable, reinforce, report_step, reward
+from abyssal.stages.preference_judge import Judge, is_request
+from abyssal.stages.rl import (
+    Groups,
+    ProblemStream,
+    RlConfig,
+    by_rules,
+    draw_groups,
+    learnable,
+    problem_of,
+    reinforce,
+    report_step,
+    reward,
+)
 from abyssal.stages.state import TrainState
 from abyssal.tokens.bpe import train_bpe
 from abyssal.tokens.tokenizer import Tokenizer
@@ -275,3 +288,97 @@ def test_greedy_rollouts_and_wrong_filters_are_refused():
     for name, value in (("temperature", 0.0), ("top_p", 0.0), ("top_k", -1)):
         with pytest.raises(ValueError, match=name):
             RlConfig(**{name: value})
+
+
+class LongerIsBetter:
+    """A reward model that anybody can hack: both heads count the characters of the answer."""
+
+    def of(self, head: str, responses: list[tuple[str, Message]]) -> torch.Tensor:
+        return torch.tensor([float(len(message.content)) for _, message in responses])
+
+
+def length_judge() -> Judge:
+    facts = {"mean": 4.0, "std": 2.0, "truth_mean": 0.5, "truth_std": 0.5}
+    return Judge(LongerIsBetter(), {"helpfulness": facts, "safety": facts}, clip=3.0)  # type: ignore[arg-type]
+
+
+def test_open_requests_come_in_the_last_part_only_and_in_their_share():
+    stream = ProblemStream(ProblemSource(), 0, own=problems_judged(3))
+    config = RlConfig(steps=40, preference_share=0.3, preference_last=0.25)
+    asked = {step: [problem_of(stream, config, step=step, index=i) for i in range(300)] for step in (0, 29, 30, 39)}
+    n_open = {step: sum(map(is_request, problems)) for step, problems in asked.items()}
+    assert n_open[0] == n_open[29] == 0 and n_open[30] == n_open[39]
+    assert 60 < n_open[30] < 120
+    off = RlConfig(steps=40)
+    assert [problem_of(stream, off, step=39, index=i) for i in range(9)] == [stream.at(i) for i in range(9)]
+
+
+def test_open_requests_are_rewarded_by_the_reward_model_and_counted_apart(judge, tokenizer, tmp_path: Path):
+    judge.judge = lambda problem, message: 1.0
+    config = RlConfig(steps=1, problems=4, answers=3, preference_share=0.5, preference_last=1.0, preference_weight=0.5)
+    engine = Engine(model_of(tokenizer), eos_ids=range(tokenizer.vocab_size), max_batch=16)
+    stream = ProblemStream(ProblemSource(), 0, own=problems_judged(100))
+    state = TrainState(model_of(tokenizer), {}, extra={"next_problem": 0})
+    with Verifiers() as verifiers:
+        groups = draw_groups(
+            engine, tokenizer, stream, state, config, SamplingParams(max_tokens=4), verifiers, seed=5,
+            judge=length_judge(),
+        )  # fmt: skip
+    open_A = [is_request(rollout.problem) for rollout in groups.rollouts]
+    assert 0 < sum(open_A) < 12
+    for is_open, rollout, grade, got in zip(
+        open_A, groups.rollouts, groups.grades, groups.rewards_PG.flatten().tolist(), strict=True
+    ):
+        n_heads = len(heads_of(rollout.problem)) if is_open else 0
+        deviation = min(3.0, max(-3.0, (len(rollout.message.content) - 4) / 2))
+        wanted = 0.5 * n_heads * deviation + 0.1 * grade.well_formed if is_open else reward(grade, config)
+        assert got == pytest.approx(wanted, abs=1e-5)
+    ruled = by_rules(groups)
+    assert ruled["accuracy"] == 1.0 and ruled["reward"] == pytest.approx(1.1, abs=0.1)
+    assert groups.preference is not None and {"preference_reward", "preference_truth"} <= set(groups.preference)
+    with Recorder(tmp_path, "align", 1, 1, console=QUIET) as recorder:
+        report_step(recorder, groups, 0)
+    shown = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [entry["family"] for entry in shown] == ["user", "requests"]
+    best = max(reward for reward, is_open in zip(groups.rewards_PG.flatten().tolist(), open_A, strict=True) if is_open)
+    assert shown[1]["reward"] == pytest.approx(best)
+
+
+def walk_align(directory: Path, tokenizer: Tokenizer, *, steps: int) -> list[dict[str, float]]:
+    config = RlConfig(
+        steps=steps, problems=2, answers=6, max_tokens=6, row_len=96, save_every=2, eval_every=2, eval_problems=3,
+        warmup=1, lr=1e-2, preference_share=0.7, preference_last=1.0,
+    )  # fmt: skip
+    own = problems_judged(50)
+    model = small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=128)
+    with Verifiers() as verifiers:
+        reinforce(
+            directory, config=config, model=model, tokenizer=tokenizer, first_problem=0, verifiers=verifiers, seed=9,
+            stream=ProblemStream(ProblemSource(), 0, own=own, own_held_out=own[:2]), judge=length_judge(),
+            recorder_at=lambda step: Recorder(directory, "align", 1, 1, resume_from_step=step, console=QUIET),
+        )  # fmt: skip
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_stopped_align_goes_on_to_the_same_numbers_and_records_reward_and_truth(judge, tokenizer, tmp_path: Path):
+    judge.judge = lambda problem, message: float(len(message.content) < 4)
+    walk_align(tmp_path / "whole", tokenizer, steps=6)
+    walk_align(tmp_path / "halves", tokenizer, steps=4)
+    entries = walk_align(tmp_path / "halves", tokenizer, steps=6)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "halves")
+    assert any("preference_reward" in entry and "preference_truth" in entry for entry in entries)
+    assert all("held_out_preference_truth" in entries[step] for step in (1, 3, 5))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preference_share": 1.5}, "preference_share=1.5 is"),
+        ({"preference_clip": 0.0}, "would leave no reward"),
+        ({"preference_weight": -1.0}, "would leave no reward"),
+        ({"preference_share": 0.1, "steps": 4, "preference_last": 0.1}, "is no step"),
+    ],
+)
+def test_preference_settings_that_make_no_sense_are_refused(change: dict[str, float], message: str):
+    with pytest.raises(ValueError, match=message):
+        RlConfig(**change)  # type: ignore[arg-type]

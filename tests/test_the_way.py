@@ -192,6 +192,18 @@ def test_a_second_run_finds_everything_done(walked: Walked):
     assert changed <= {"recipe.toml", ".lock"}
 
 
+def test_align_has_a_reward_model_and_watches_it(walked: Walked):
+    done = json.loads((walked.run / "align" / "done.json").read_text())
+    heads = json.loads((walked.run / "align" / "reward_model" / "done.json").read_text())["heads"]
+    assert done["reward_model"] == heads and set(heads) == {"helpfulness", "safety"}
+    for head, facts in heads.items():
+        assert f"{head} orders {100 * facts['accuracy']:.0f} % of {facts['pairs']} held-out pairs" in walked.output
+    (step,) = walked.lines("align/metrics.jsonl")
+    assert {"preference_reward", "preference_truth", "held_out_preference_truth"} <= set(step)
+    page = (walked.run / "report.html").read_text(encoding="utf-8")
+    assert "Reward model against hidden truth" in page and "Pairs ordered rightly" in page
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS.values())
 def test_every_checkpoint_loads_in_transformers_and_says_the_same(walked: Walked, name: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -247,7 +259,8 @@ def asked_in(ids: list[int], tokenizer: Tokenizer) -> set[str]:
 def test_a_users_own_data_is_what_is_trained_on_and_measured(walked: Walked):
     kept_out = {f"say {i}" for i in range(N_HELD_OUT)}
     samples = [walked.lines(f"{stage}/samples.jsonl") for stage in ("zero", "reason", "align")]
-    seen = {entry["problem"] for of_stage in samples for entry in of_stage}
+    # the open requests of `align` are the generators' own, whatever the problems are
+    seen = {entry["problem"] for of_stage in samples for entry in of_stage if entry["family"] != "requests"}
     traced = {
         entry["messages"][0]["content"]
         for stage in ("cold_start", "reject", "distil")
@@ -271,6 +284,7 @@ def test_a_users_own_data_is_what_is_trained_on_and_measured(walked: Walked):
         (("--run.seed", "7"), "run.seed"),
         (("--rl-data.held-out", ""), r"\[rl_data\]"),
         (("--distil.sft.epochs", "9"), r"\[distil\]"),
+        (("--reward-model.lr", "0.5"), r"\[reward_model\]"),
     ],
 )
 def test_a_changed_recipe_is_refused_once_its_stage_has_begun(

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from abyssal.evals.tasks import EvalConfig
 from abyssal.model.config import ModelConfig
 from abyssal.stages.pretrain import PretrainConfig
+from abyssal.stages.reward_model import RewardModelConfig
 from abyssal.stages.rl import RlConfig
 from abyssal.stages.sft import SftConfig
 from abyssal.stages.tokenize import DataConfig, TokenizerConfig
@@ -38,6 +39,7 @@ class TracedSftConfig:
     traces: TracesConfig = field(default_factory=TracesConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     general: int = 0  # conversations of general data beside the traces (`reject`: instructions with right answers)
+    requests: int = 0  # conversations of open requests, answered as data.web.careless_share says: `align` has to tell
     data: str = ""  # a JSONL of `messages` that is trained on too
 
 
@@ -62,6 +64,7 @@ class Recipe:
     reason: RlConfig = field(default_factory=RlConfig)
     reject: TracedSftConfig = field(default_factory=TracedSftConfig)
     align: RlConfig = field(default_factory=RlConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     student_pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     distil: TracedSftConfig = field(default_factory=TracedSftConfig)
     rl_data: RlDataConfig = field(default_factory=RlDataConfig)
@@ -73,6 +76,12 @@ class Recipe:
                 f"student_pretrain.row_len={self.student_pretrain.row_len} is no multiple of pretrain.row_len="
                 f"{self.pretrain.row_len}: it would cut the problems, which stand whole in rows of that length"
             )
+
+        for stage in ("zero", "reason"):
+            if share := getattr(self, stage).preference_share:
+                raise ValueError(
+                    f"{stage}.preference_share={share}: rules alone reward {stage}; give it to align, the last stage"
+                )
 
     @property
     def directory(self) -> Path:

@@ -2,14 +2,15 @@
 
 Draw G answers to each of P problems with the engine, on the trainer's own weights; grade them by rules; compare each
 with its group; one clipped step. R1-Zero starts from the base and knows accuracy and form alone; later stages add
-language. The form reward pays for well-formed answers with or without thinking: if thinking grows, it is because it is
-right more often.
+language, and the last part of `align` open requests, which a reward model judges (preference_judge.py). The form reward
+pays for well-formed answers with or without thinking: if thinking grows, it is because it is right more often.
 Letters: P problems, G answers per problem, A answers (P x G), B rows, T tokens, N answer tokens.
 """
 
 from __future__ import annotations
 
 import copy
+import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from abyssal.data.preferences import request_at
 from abyssal.data.problems import ProblemSource, Split, problem_at
 from abyssal.engine.engine import Engine
 from abyssal.evals.grade import Grade, error_reasons, grade, summary
@@ -27,6 +29,7 @@ from abyssal.record import Recorder, memory_gb
 from abyssal.reward.verifiers import Verifiers
 from abyssal.rollout import agreement, sample_answers
 from abyssal.stages.policy_update import GrpoConfig, answer_batch, update_policy
+from abyssal.stages.preference_judge import Judge, is_request, watched
 from abyssal.stages.schedule_points import RecorderAt, due
 from abyssal.stages.state import TrainState, build_optimizers, resume_state, save_state
 from abyssal.tokens.tokenizer import Tokenizer
@@ -48,6 +51,10 @@ class RlConfig:
     format_weight: float = 0.1  # R1 weighs both alike; here malformed answers are rare and already wrong
     language_weight: float = 0.0
     instruction_share: float = 0.0  # of problems, in `align`
+    preference_share: float = 0.0  # of problems in the last part of `align`: open requests, for the reward model
+    preference_last: float = 0.25  # that part, as a share of the steps (R1: 400 of 1,700; longer led to hacking)
+    preference_weight: float = 0.5
+    preference_clip: float = 3.0  # of each head's score, in deviations from the held-out mean
     dynamic_sampling: bool = False  # draw on until `problems` groups have both right and wrong answers (DAPO)
     reference_every: int = 400  # steps between refreshes of the KL reference (R1: 400)
     row_len: int = 256
@@ -63,6 +70,19 @@ class RlConfig:
         _ = self.sampling  # raises where it makes no sense
         if self.temperature == 0:
             raise ValueError("temperature=0: the answers of a group would all be the same; use above 0")
+        for name in ("preference_share", "preference_last"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is a share; give a number from 0 to 1")
+        if self.preference_clip <= 0 or self.preference_weight <= 0:
+            raise ValueError(
+                f"preference_clip={self.preference_clip}, preference_weight={self.preference_weight} would leave no "
+                f"reward; give both a number above 0"
+            )
+        if self.preference_share and round(self.steps * self.preference_last) < 1:
+            raise ValueError(
+                f"preference_last={self.preference_last} of steps={self.steps} is no step: preference_share="
+                f"{self.preference_share} would train a reward model and never ask it; raise one, or set the share to 0"
+            )
         if self.answers < 2:
             raise ValueError(f"answers={self.answers}: an answer is compared with its group; draw at least 2")
 
@@ -81,6 +101,7 @@ class Groups(NamedTuple):
     rewards_PG: torch.Tensor
     valid_PG: torch.Tensor
     reward_s: float  # spent on grading
+    preference: dict[str, float] | None = None  # reward model against the hidden truth, where open requests were drawn
 
 
 def reinforce(
@@ -94,6 +115,7 @@ def reinforce(
     verifiers: Verifiers,
     seed: int,
     recorder_at: RecorderAt,
+    judge: Judge | None = None,
 ) -> TrainState:
     """Leaves `stage_dir`/checkpoint; continues from it if there is one."""
     state = TrainState(model, build_optimizers(model, kind="adamw", lr=0.0, adamw_lr=config.lr, weight_decay=0.0))
@@ -120,7 +142,9 @@ def reinforce(
     with recorder_at(state.step) as recorder:
         for step in range(state.step, config.steps):
             began = time.perf_counter()
-            groups = draw_groups(engine, tokenizer, stream, state, config, params, verifiers, seed=seed + step)
+            groups = draw_groups(
+                engine, tokenizer, stream, state, config, params, verifiers, seed=seed + step, judge=judge
+            )
             drawn = time.perf_counter()
             kept, advantages = learnable(groups, divide_by_std=config.grpo.divide_by_std)
             gap = agreement(
@@ -157,8 +181,8 @@ def reinforce(
             n_tokens = sum(len(r.completion.ids) for r in groups.rollouts)
             state.step, state.tokens = step + 1, state.tokens + n_tokens
             metrics: dict[str, Any] = {
-                "reward": float(groups.rewards_PG[groups.valid_PG].mean()),
-                **summary(groups.grades),
+                **by_rules(groups),
+                **(groups.preference or {}),
                 **update,
                 "zero_variance_share": 1 - len(kept) / len(groups.rollouts),
                 "mismatch_max": gap.max,
@@ -175,6 +199,8 @@ def reinforce(
             }
             if due(step, config.eval_every, config.steps):
                 metrics |= held_out(engine, tokenizer, stream, config, verifiers)
+                if judge is not None:
+                    metrics |= held_out_requests(engine, tokenizer, stream, config, judge)
             metrics["time_s"] = time.perf_counter() - began
             recorder.step(step, config.steps, metrics)
             report_step(recorder, groups, step)
@@ -199,15 +225,17 @@ def draw_groups(
     verifiers: Verifiers,
     *,
     seed: int,
+    judge: Judge | None = None,
 ) -> Groups:
-    """P graded groups. With dynamic sampling, groups all right or all wrong are drawn anew, at most three times."""
+    """P graded groups. With dynamic sampling, groups all right or all wrong are drawn anew, at most three times; those
+    of open requests stay, since whether they are right is not for the training to know."""
     rollouts: list[Rollout] = []
     grades: list[Grade] = []
     reward_s = 0.0
     for attempt in range(4 if config.dynamic_sampling else 1):
         n_missing = config.problems - len(grades) // config.answers
         first = state.extra["next_problem"]
-        problems = [stream.at(first + i) for i in range(n_missing)]
+        problems = [problem_of(stream, config, step=state.step, index=first + i) for i in range(n_missing)]
         state.extra["next_problem"] = first + n_missing
         drawn = sample_answers(
             engine, tokenizer, problems, answers_per_problem=config.answers, params=params, seed=seed * 4 + attempt
@@ -218,13 +246,50 @@ def draw_groups(
         last = attempt == 3 or not config.dynamic_sampling
         for g in range(0, len(drawn), config.answers):
             group = slice(g, g + config.answers)
-            if last or len({grade.accuracy for grade in graded[group]} - {None}) > 1:
+            open_ended = is_request(drawn[g].problem)
+            if last or open_ended or len({grade.accuracy for grade in graded[group]} - {None}) > 1:
                 rollouts += drawn[group]
                 grades += graded[group]
         if len(grades) == config.problems * config.answers:
             break
-    rewards = torch.tensor([reward(grade, config) for grade in grades]).view(config.problems, config.answers)
-    return Groups(rollouts, grades, rewards, ~rewards.isnan(), reward_s)
+    began = time.perf_counter()
+    rewards = [reward(grade, config) for grade in grades]
+    requests = [i for i, rollout in enumerate(rollouts) if is_request(rollout.problem)]
+    preference: dict[str, float] | None = None
+    if requests:
+        assert judge is not None, "open requests are drawn where there is a reward model to judge them"
+        judged = judge.judge([rollouts[i] for i in requests])
+        for i, value in zip(requests, judged.rewards_A, strict=True):
+            rewards[i] = preference_reward(value, grades[i], config)
+        preference = watched(judged, answers=config.answers)
+    reward_s += time.perf_counter() - began
+    rewards_PG = torch.tensor(rewards).view(config.problems, config.answers)
+    return Groups(rollouts, grades, rewards_PG, ~rewards_PG.isnan(), reward_s, preference)
+
+
+def problem_of(stream: ProblemStream, config: RlConfig, *, step: int, index: int) -> Problem:
+    """A problem with a right answer, or, in the last part of the steps and in its share, an open request."""
+    is_last_part = step >= config.steps - round(config.steps * config.preference_last)
+    drawn = random.Random(f"preference {stream.seed} {index}").random()
+    return stream.request(index) if is_last_part and drawn < config.preference_share else stream.at(index)
+
+
+def by_rules(groups: Groups) -> dict[str, float]:
+    """Reward and means of the answers that rules graded; open requests are counted apart."""
+    ruled = [i for i, rollout in enumerate(groups.rollouts) if not is_request(rollout.problem)]
+    if not ruled:
+        return {}
+    rewards_A, valid_A = groups.rewards_PG.flatten()[ruled], groups.valid_PG.flatten()[ruled]
+    return {"reward": float(rewards_A[valid_A].mean()), **summary([groups.grades[i] for i in ruled])}
+
+
+def preference_reward(judged: float, grade: Grade, config: RlConfig) -> float:
+    """Reward model + format + language, weighted. (R1: general reward = reward model + format)"""
+    return (
+        config.preference_weight * judged
+        + config.format_weight * grade.well_formed
+        + config.language_weight * grade.language
+    )
 
 
 def reward(grade: Grade, config: RlConfig) -> float:
@@ -266,23 +331,39 @@ def held_out(
     }
 
 
+def held_out_requests(
+    engine: Engine, tokenizer: Tokenizer, stream: ProblemStream, config: RlConfig, judge: Judge
+) -> dict[str, float]:
+    """Reward model against truth on requests that neither it nor the policy was trained on; the same ones each time."""
+    problems = [stream.request(i, "held_out") for i in range(config.eval_problems)]
+    params = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens)
+    rollouts = sample_answers(engine, tokenizer, problems, answers_per_problem=1, params=params, seed=0)
+    return {f"held_out_{name}": value for name, value in watched(judge.judge(rollouts), answers=1).items()}
+
+
 def report_step(recorder: Recorder, groups: Groups, step: int) -> None:
-    """One readable trace a step, the longest right one or else the first; verifier errors by reason."""
-    right = [i for i, g in enumerate(groups.grades) if g.accuracy == 1.0]
-    i = max(right, key=lambda i: groups.grades[i].length) if right else 0
-    rollout, grade = groups.rollouts[i], groups.grades[i]
-    recorder.sample(
-        {
-            "step": step,
-            "problem": rollout.problem.prompt,
-            "answer": rollout.problem.answer,
-            "family": rollout.problem.family,
-            "thinking": rollout.message.thinking,
-            "content": rollout.message.content,
-            "correct": grade.accuracy == 1.0,
-            "reward": float(groups.rewards_PG.flatten()[i]),
-        }
-    )
+    """One readable trace a step, the longest right one or else the first, and of open requests the one that the reward
+    model likes best: that is where hacking shows. Verifier errors by reason."""
+    ruled = [i for i, rollout in enumerate(groups.rollouts) if not is_request(rollout.problem)]
+    right = [i for i in ruled if groups.grades[i].accuracy == 1.0]
+    shown = [max(right, key=lambda i: groups.grades[i].length) if right else ruled[0]] if ruled else []
+    rewards_A = groups.rewards_PG.flatten().tolist()
+    if requests := [i for i, rollout in enumerate(groups.rollouts) if is_request(rollout.problem)]:
+        shown.append(max(requests, key=lambda i: rewards_A[i]))
+    for i in shown:
+        rollout, grade = groups.rollouts[i], groups.grades[i]
+        recorder.sample(
+            {
+                "step": step,
+                "problem": rollout.problem.prompt,
+                "answer": rollout.problem.answer,
+                "family": rollout.problem.family,
+                "thinking": rollout.message.thinking,
+                "content": rollout.message.content,
+                "correct": grade.accuracy == 1.0,
+                "reward": rewards_A[i],
+            }
+        )
     for reason, count in error_reasons(groups.grades).items():
         recorder.log(f"step {step}: the verifier could not decide {count} answers: {reason}")
 
@@ -299,3 +380,7 @@ class ProblemStream:
     def at(self, index: int, split: Split = "train") -> Problem:
         own = self.own if split == "train" else self.own_held_out
         return own[index % len(own)] if own else problem_at(self.source, self.seed, index, split)
+
+    def request(self, index: int, split: Split = "train") -> Problem:
+        """An open request, whatever problems are the user's own."""
+        return request_at(self.source, self.seed, index, split)

@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any
 
 from abyssal.checkpoint.save import load_checkpoint
+from abyssal.data.preferences import request_at
 from abyssal.data.problems import ProblemSource, problem_at
 from abyssal.data.user_examples import read_conversations
-from abyssal.data.worked import right_content, write_thinking
+from abyssal.data.worked import right_content, web_document, write_thinking
 from abyssal.engine.engine import Engine
 from abyssal.evals.page import write_report
 from abyssal.model.config import ModelConfig
@@ -19,8 +20,10 @@ from abyssal.model.transformer import Transformer
 from abyssal.record import Recorder
 from abyssal.reward.verifiers import Verifiers
 from abyssal.stages.measure import measure
+from abyssal.stages.preference_judge import Judge
 from abyssal.stages.pretrain import pretrain
 from abyssal.stages.recipe import TracedSftConfig
+from abyssal.stages.reward_model import load_scores, said_of, train_reward_model
 from abyssal.stages.rl import RlConfig, reinforce
 from abyssal.stages.run import CHECKPOINTS, FIRST_PROBLEM, STAGES, Run, write_whole
 from abyssal.stages.sft import fine_tune
@@ -28,6 +31,8 @@ from abyssal.stages.tokenize import tokenize
 from abyssal.stages.traces import sample_traces
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Conversation, Message
+
+REWARD_MODEL_FIRST = 5_000_000  # its requests lie behind those that `align` itself draws
 
 
 def run_tokenize(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
@@ -61,18 +66,43 @@ def run_pretrain(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
 
 def run_rl(run: Run, stage: str, verifiers: Verifiers, *, start: str) -> dict[str, Any]:
     config: RlConfig = getattr(run.recipe, stage)
+    model = run.load(start, config.dtype)
+    judge = trained_judge(run, stage, model) if config.preference_share else None
     reinforce(
         run.stage_dir(stage),
         config=config,
-        model=run.load(start, config.dtype),
+        model=model,
         tokenizer=run.tokenizer(),
         stream=run.stream(config.instruction_share),
         first_problem=FIRST_PROBLEM[stage],
         verifiers=verifiers,
         seed=seed_of(run, stage),
         recorder_at=run.recorder_at(stage),
+        judge=judge,
     )
-    return {}
+    return {} if judge is None else {"reward_model": judge.heads}
+
+
+def trained_judge(run: Run, stage: str, policy: Transformer) -> Judge:
+    """A reward model made from the policy that `align` starts from; its accuracy is said aloud."""
+    directory, config, tokenizer = run.stage_dir(stage) / "reward_model", run.recipe.reward_model, run.tokenizer()
+    k = STAGES.index(stage) + 1
+    train_reward_model(
+        directory,
+        config=config,
+        policy=policy,
+        tokenizer=tokenizer,
+        source=run.recipe.data.problems,
+        first=FIRST_PROBLEM[stage] + REWARD_MODEL_FIRST,
+        seed=seed_of(run, stage),
+        recorder_at=lambda step: Recorder(
+            directory, "reward model", k, len(STAGES), resume_from_step=step, console=run.console
+        ),
+    )
+    scores, heads = load_scores(directory, config=config, tokenizer=tokenizer, device=run.device)
+    for head, facts in heads.items():
+        run.console.print(f"reward model: {said_of(head, facts)}", highlight=False)
+    return Judge(scores, heads, clip=run.recipe.align.preference_clip)
 
 
 def run_traced_sft(run: Run, stage: str, verifiers: Verifiers, *, teacher: str, start: str | None) -> dict[str, Any]:
@@ -101,6 +131,7 @@ def run_traced_sft(run: Run, stage: str, verifiers: Verifiers, *, teacher: str, 
         write_whole(directory / "traces" / "done.json", "{}\n")
     traces = read_conversations(directory / "traces.jsonl")
     general = general_data(run, config.general, first=FIRST_PROBLEM[stage] + config.traces.problems)
+    general += request_data(run, config.requests, first=FIRST_PROBLEM[stage])
     own = read_conversations(config.data) if config.data else []
     model = student_base(run, tokenizer, config.sft.dtype) if start is None else run.load(start, config.sft.dtype)
     fine_tune(
@@ -190,6 +221,16 @@ def general_data(run: Run, count: int, *, first: int) -> list[Conversation]:
         answer = Message(role="assistant", content=right_content(problem), thinking=thinking)
         conversations.append([Message(role="user", content=problem.prompt), answer])
     return conversations
+
+
+def request_data(run: Run, count: int, *, first: int) -> list[Conversation]:
+    """Open requests thought about and answered, some carelessly: what is left for the rewards of `align` to better."""
+    data = run.recipe.data
+    mix = replace(data.web, worked_share=1.0)
+    return [
+        web_document(request_at(data.problems, run.recipe.run.seed, i), random.Random(f"requests {i}"), mix)
+        for i in range(first, first + count)
+    ]
 
 
 def fitted(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -31,11 +31,14 @@ from abyssal.stages.steps import STEPS
 READS: dict[str, tuple[str, ...]] = {
     "tokenize": ("tokenizer", "data"),
     "pretrain": ("model", "pretrain"),
+    "align": ("align", "rl_data", "reward_model"),
     "distil": ("student", "student_pretrain", "distil", "rl_data"),
     "report": (),
 }
 # what a stage leaves behind that a later start takes up
-LEFT_BEHIND = ("checkpoint", "checkpoint.old", "traces.jsonl", "base", "results.json", "done.json")
+LEFT_BEHIND = (
+    "checkpoint", "checkpoint.old", "traces.jsonl", "base", "reward_model/pairs.jsonl", "results.json", "done.json",
+)  # fmt: skip
 
 
 def open_run(recipe: Recipe, console: Console) -> Run:
