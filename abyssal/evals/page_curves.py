@@ -68,7 +68,9 @@ LEARNING = (
     ),
     Panel(title="Balance: max violation", lines=(("max_violation", "max violation", False),)),
     Panel(
-        title="MTP: second token accepted", lines=(("mtp_acceptance", "second token accepted", True),), fmt="percent"
+        title="MTP: second token accepted",
+        lines=(("mtp_acceptance", "held-out rows", True), ("held_out_mtp_acceptance", "held-out answers", True)),
+        fmt="percent",
     ),
     Panel(
         title="Engine against trainer, |Δ log-prob| (log)",
@@ -106,6 +108,11 @@ STAGE_TITLES = {
     "reject": ("Rejection sampling and SFT", "The best of dev2, with general data, from base again. Leaves dev3."),
     "align": ("RL for all scenarios", "Rules wherever an instruction can be checked. Leaves r1."),
     "distil": ("Distillation", "Traces of r1 teach a small dense model. Leaves student."),
+    "student_rl": ("The student by RL alone", "GRPO on the student's base, for as long as distillation took."),
+    "on_policy": (
+        "On-policy distillation",
+        "The student answers, and at each token learns what r1 would have said there. Leaves student_opd.",
+    ),
     "eval": ("Evaluation", "Every checkpoint on problems that no stage could see."),
 }
 

@@ -10,6 +10,7 @@ Letters: P problems, G answers per problem, A answers (P x G), B rows, T tokens,
 from __future__ import annotations
 
 import copy
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +21,15 @@ import torch
 from abyssal.data.problems import ProblemSource, Split, problem_at
 from abyssal.engine.engine import Engine
 from abyssal.evals.grade import Grade, error_reasons, grade, summary
+from abyssal.evals.tasks import drafting
 from abyssal.loss.grpo import group_advantages
 from abyssal.model.transformer import Transformer
 from abyssal.optim.schedule import learning_rate
-from abyssal.record import Recorder, memory_gb
+from abyssal.record import Recorder, memory_gb, read_steps, seconds_of_work
 from abyssal.reward.verifiers import Verifiers
 from abyssal.rollout import agreement, sample_answers
 from abyssal.stages.policy_update import GrpoConfig, answer_batch, update_policy
-from abyssal.stages.schedule_points import RecorderAt, due
+from abyssal.stages.schedule_points import RecorderAt, due, steps_in_all
 from abyssal.stages.state import TrainState, build_optimizers, resume_state, save_state
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Problem, Rollout, SamplingParams
@@ -36,6 +38,7 @@ from abyssal.types import Problem, Rollout, SamplingParams
 @dataclass(frozen=True, kw_only=True)
 class RlConfig:
     steps: int = 60
+    seconds: float = math.inf  # of work, after which it ends too; 0 (student_rl alone): as many as `distil` took
     problems: int = 16  # P per step
     answers: int = 16  # G per problem
     max_tokens: int = 128
@@ -64,6 +67,8 @@ class RlConfig:
                 f"temperature={self.temperature}: answers drawn at another temperature come from another policy than "
                 f"the one whose log-probs are compared; use 1"
             )
+        if self.seconds < 0:
+            raise ValueError(f"seconds={self.seconds} is negative; use inf for no limit")
         if self.answers < 2:
             raise ValueError(f"answers={self.answers}: an answer is compared with its group; draw at least 2")
 
@@ -89,8 +94,9 @@ def reinforce(
     verifiers: Verifiers,
     seed: int,
     recorder_at: RecorderAt,
+    seconds: float = math.inf,
 ) -> TrainState:
-    """Leaves `stage_dir`/checkpoint; continues from it if there is one."""
+    """Leaves `stage_dir`/checkpoint; continues from it if there is one. Ends after `seconds` of work at the latest."""
     state = TrainState(model, build_optimizers(model, kind="adamw", lr=0.0, adamw_lr=config.lr, weight_decay=0.0))
     state.extra = {
         "next_problem": first_problem,
@@ -107,12 +113,15 @@ def reinforce(
     device = model.embed_tokens.weight.device
 
     with recorder_at(state.step) as recorder:
-        for step in range(state.step, config.steps):
+        worked_s = seconds_of_work(read_steps(stage_dir / "metrics.jsonl"))
+        for step in range(state.step, state.extra.get("ended_at", config.steps)):
             began = time.perf_counter()
             groups = draw_groups(engine, tokenizer, stream, state, config, params, verifiers, seed=seed + step)
             drawn = time.perf_counter()
             kept, advantages = learnable(groups, divide_by_std=config.grpo.divide_by_std)
+            compared_from = time.perf_counter()
             gap = agreement(model, [r.completion for r in groups.rollouts[: config.compare_answers]])
+            measure_s = time.perf_counter() - compared_from
             lr = learning_rate(step, config.steps, warmup=config.warmup, shape="constant")
             update: dict[str, float] = {}
             if kept:  # groups without variance teach nothing: a step of them alone is no step
@@ -148,12 +157,17 @@ def reinforce(
                 "update_s": updated - drawn,
                 "memory_gb": memory_gb(),
             }
-            if due(step, config.eval_every, config.steps):
-                metrics |= held_out(engine, tokenizer, stream, config, verifiers)
-            metrics["time_s"] = time.perf_counter() - began
-            recorder.step(step, config.steps, metrics)
+            worked_s += updated - began - measure_s
+            total = steps_in_all(step, config.steps, worked_s=worked_s, seconds=seconds)
+            if due(step, config.eval_every, total):
+                metrics |= held_out(model, engine, tokenizer, stream, verifiers, params, config.eval_problems)
+            ended = time.perf_counter()
+            metrics |= {"measure_s": measure_s + ended - updated, "time_s": ended - began}
+            recorder.step(step, total, metrics)
             report_step(recorder, groups, step)
-            if due(step, config.save_every, config.steps):
+            if due(step, config.save_every, total):
+                if total == step + 1 < config.steps:
+                    state.extra["ended_at"] = total  # by the clock: taken up again, the stage is still over
                 state.extra |= {"reference": reference.state_dict(), "shuffle": shuffle.get_state()}
                 save_state(
                     stage_dir / "checkpoint",
@@ -225,18 +239,22 @@ def learnable(groups: Groups, *, divide_by_std: bool) -> tuple[list[Rollout], li
 
 
 def held_out(
-    engine: Engine, tokenizer: Tokenizer, stream: ProblemStream, config: RlConfig, verifiers: Verifiers
+    model: Transformer,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    stream: ProblemStream,
+    verifiers: Verifiers,
+    params: SamplingParams,
+    n_problems: int,
 ) -> dict[str, float]:
-    """Accuracy, thinking and length on problems that no stage trains on; the same ones and the same noise each time."""
-    problems = [stream.at(i, "held_out") for i in range(config.eval_problems)]
-    params = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens)
-    grades = grade(
-        sample_answers(engine, tokenizer, problems, answers_per_problem=1, params=params, seed=0), verifiers, tokenizer
-    )
-    seen = summary(grades)
+    """Accuracy, thinking, length and how far drafts still follow, on problems that no stage trains on; the same ones
+    and the same noise each time."""
+    problems = [stream.at(i, "held_out") for i in range(n_problems)]
+    rollouts = sample_answers(engine, tokenizer, problems, answers_per_problem=1, params=params, seed=0)
+    seen = summary(grade(rollouts, verifiers, tokenizer)) | drafting(model, tokenizer, rollouts)
     return {
         f"held_out_{name}": seen[name]
-        for name in ("accuracy", "think_share", "length", "length_thinking", "mixed_share")
+        for name in ("accuracy", "think_share", "length", "length_thinking", "mixed_share", "mtp_acceptance")
         if name in seen
     }
 

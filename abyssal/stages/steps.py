@@ -16,13 +16,14 @@ from abyssal.engine.engine import Engine
 from abyssal.evals.page import write_report
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
-from abyssal.record import Recorder
+from abyssal.record import Recorder, read_steps, seconds_of_work
 from abyssal.reward.verifiers import Verifiers
 from abyssal.stages.measure import measure
+from abyssal.stages.on_policy import distil_on_policy
 from abyssal.stages.pretrain import pretrain
 from abyssal.stages.recipe import TracedSftConfig
 from abyssal.stages.rl import RlConfig, reinforce
-from abyssal.stages.run import CHECKPOINTS, FIRST_PROBLEM, STAGES, Run, write_whole
+from abyssal.stages.run import CHECKPOINTS, FIRST_PROBLEM, SEED_NUMBER, STAGES, Run, write_whole
 from abyssal.stages.sft import fine_tune
 from abyssal.stages.tokenize import tokenize
 from abyssal.stages.traces import sample_traces
@@ -59,18 +60,41 @@ def run_pretrain(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
     return {}
 
 
-def run_rl(run: Run, stage: str, verifiers: Verifiers, *, start: str) -> dict[str, Any]:
+def run_rl(run: Run, stage: str, verifiers: Verifiers, *, start: str | None) -> dict[str, Any]:
+    """RL of `start`, or of the student's base when there is none."""
     config: RlConfig = getattr(run.recipe, stage)
+    tokenizer = run.tokenizer()
     reinforce(
         run.stage_dir(stage),
         config=config,
-        model=run.load(start, config.dtype),
-        tokenizer=run.tokenizer(),
+        model=student_base(run, tokenizer, config.dtype) if start is None else run.load(start, config.dtype),
+        tokenizer=tokenizer,
         stream=run.stream(config.instruction_share),
         first_problem=FIRST_PROBLEM[stage],
         verifiers=verifiers,
         seed=seed_of(run, stage),
         recorder_at=run.recorder_at(stage),
+        seconds=seconds_allowed(run, stage, config.seconds),
+    )
+    return {}
+
+
+def run_on_policy(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
+    """The student learns from what r1 would have said at each place of the student's own answers."""
+    config, tokenizer = run.recipe.on_policy, run.tokenizer()
+    from_base = config.start == "base"
+    distil_on_policy(
+        run.stage_dir(stage),
+        config=config,
+        model=student_base(run, tokenizer, config.dtype) if from_base else run.load("student", config.dtype),
+        teacher=run.load("r1", config.dtype),
+        tokenizer=tokenizer,
+        stream=run.stream(),
+        first_problem=FIRST_PROBLEM[stage],
+        verifiers=verifiers,
+        seed=seed_of(run, stage),
+        recorder_at=run.recorder_at(stage),
+        seconds=seconds_allowed(run, stage, config.seconds),
     )
     return {}
 
@@ -79,7 +103,7 @@ def run_traced_sft(run: Run, stage: str, verifiers: Verifiers, *, teacher: str, 
     """Traces of `teacher`, then SFT of `start`, or of a new student when there is none."""
     config: TracedSftConfig = getattr(run.recipe, stage)
     tokenizer, directory = run.tokenizer(), run.stage_dir(stage)
-    if not (directory / "traces.jsonl").is_file():
+    if config.traces.problems and not (directory / "traces.jsonl").is_file():
         model = run.load(teacher, config.sft.dtype)
         engine = Engine(model, eos_ids=[tokenizer.eos_id], max_batch=256, record_experts=False)
         with Recorder(
@@ -97,7 +121,7 @@ def run_traced_sft(run: Run, stage: str, verifiers: Verifiers, *, teacher: str, 
                 recorder=recorder,
             )
         write_whole(directory / "traces" / "done.json", "{}\n")
-    traces = read_conversations(directory / "traces.jsonl")
+    traces = read_conversations(directory / "traces.jsonl") if config.traces.problems else []
     general = general_data(run, config.general, first=FIRST_PROBLEM[stage] + config.traces.problems)
     own = read_conversations(config.data) if config.data else []
     model = student_base(run, tokenizer, config.sft.dtype) if start is None else run.load(start, config.sft.dtype)
@@ -146,6 +170,8 @@ STEPS: dict[str, Callable[[Run, str, Verifiers], dict[str, Any]]] = {
     "reject": partial(run_traced_sft, teacher="dev2", start="base"),  # from the base again, as R1 does
     "align": partial(run_rl, start="dev3"),
     "distil": partial(run_traced_sft, teacher="r1", start=None),
+    "student_rl": partial(run_rl, start=None),  # R1 section 4.1: the small model by RL alone
+    "on_policy": run_on_policy,
     "eval": run_eval,
     "report": run_report,
 }
@@ -174,6 +200,16 @@ def student_base(run: Run, tokenizer: Tokenizer, dtype: str) -> Transformer:
     return load_checkpoint(directory / "checkpoint", dtype=dtype, device=run.device).model
 
 
+def seconds_allowed(run: Run, stage: str, seconds: float) -> float:
+    """0 stands for what `distil` took in all: r1's writing of the traces and the SFT on them."""
+    if seconds:
+        return seconds
+    directory = run.stage_dir("distil")
+    if not (directory / "done.json").is_file():
+        raise ValueError(f"{stage}.seconds=0 is as many as distil took, which is not done; run `abyssal distil` first")
+    return sum(seconds_of_work(read_steps(part / "metrics.jsonl")) for part in (directory / "traces", directory))
+
+
 def general_data(run: Run, count: int, *, first: int) -> list[Conversation]:
     """Questions with a rule about the form of the answer, worked out and answered as the rule asks, in one language."""
     source: ProblemSource = replace(run.recipe.data.problems, instruction_share=1.0)
@@ -197,4 +233,4 @@ def fitted(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 def seed_of(run: Run, stage: str) -> int:
     """Stages must not draw with each other's noise."""
-    return run.recipe.run.seed * 1_000_003 + (STAGES.index(stage) + 1) * 10_000_019
+    return run.recipe.run.seed * 1_000_003 + SEED_NUMBER[stage] * 10_000_019
