@@ -136,8 +136,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where}={value!r}; use one of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
-        if arguments[1:] == (...,) and isinstance(value, list | tuple):  # of any length
-            arguments = arguments[:1] * len(value)
+        if arguments[1:] == (...,):  # of any length
+            if not isinstance(value, list | tuple):
+                raise ValueError(f"{where}={value!r} must be a list")
+            return tuple(_value(arguments[0], v, where) for v in value)
         if not isinstance(value, list | tuple) or len(value) != len(arguments):
             raise ValueError(f"{where}={value!r} must be a list of {len(arguments)} values")
         return tuple(_value(a, v, where) for a, v in zip(arguments, value, strict=True))

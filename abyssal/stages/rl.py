@@ -175,6 +175,8 @@ def reinforce(
                     tokenizer,
                     generation={"temperature": 0.6, "top_p": 0.95, "do_sample": True},
                 )
+            if total == step + 1:
+                break
     return state
 
 
