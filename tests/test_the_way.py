@@ -225,6 +225,7 @@ def test_the_students_arms_start_from_one_base_and_end_apart(walked: Walked):
         return (walked.run / stage / "checkpoint" / "model.safetensors").read_bytes()
 
     stages = ("distil/base", "distil", "student_rl", "on_policy")
+    assert any(entry["zero_variance_share"] < 1 for entry in walked.lines("student_rl/metrics.jsonl"))
     assert len({weights(stage) for stage in stages}) == 4
     for stage in stages[1:]:
         assert len(walked.lines(f"{stage}/metrics.jsonl")) >= 2
