@@ -74,7 +74,8 @@ def from_base(i: int, lift: int) -> str:
 
 def main() -> None:
     width, height = LEFT * 2 + 4 * WIDTH + 3 * GAP_X, TOP + 3 * HEIGHT + 2 * GAP_Y + 30
-    parts = [box(place(i), stage) for i, stage in enumerate(STAGES)] + arms() + [arrow(i) for i in range(7)] + [from_base(3, 16), from_base(5, 0)]
+    parts = [box(place(i), stage) for i, stage in enumerate(STAGES)] + arms()
+    parts += [arrow(i) for i in range(7)] + [from_base(3, 16), from_base(5, 0)]
     x, y = place(1)
     parts.append(f'<text class="note" x="{x + 160}" y="{y - 19}">SFT from base again</text>')
     tip = (

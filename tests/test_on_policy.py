@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,6 @@ def walk(
     tokenizer: Tokenizer,
     config: OnPolicyConfig = CONFIG,
     *,
-    seconds: float = math.inf,
     model: Transformer | None = None,
     teacher: Transformer | None = None,
 ) -> TrainState:
@@ -129,7 +127,6 @@ def walk(
             verifiers=verifiers,
             seed=3,
             recorder_at=lambda step: Recorder(directory, "on_policy", 1, 1, resume_from_step=step, console=QUIET),
-            seconds=seconds,
         )
 
 
@@ -153,11 +150,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tokenizer, tmp_path: Path):
 
 def test_seconds_end_it_at_a_step_and_it_stays_ended(tokenizer, tmp_path: Path):
     """The step that uses the seconds up is whole, evaluated and saved; another start adds none."""
-    state = walk(tmp_path, tokenizer, seconds=1e-9)
+    state = walk(tmp_path, tokenizer, replace(CONFIG, seconds=1e-9))
     steps = read_steps(tmp_path / "metrics.jsonl")
     assert [entry["step"] for entry in steps] == [0] and state.step == state.extra["ended_at"] == 1
     assert "held_out_accuracy" in steps[0] and (tmp_path / "checkpoint").is_dir()
-    again = walk(tmp_path, tokenizer, seconds=1e9)
+    again = walk(tmp_path, tokenizer, replace(CONFIG, seconds=1e9))
     assert again.step == 1 and len(read_steps(tmp_path / "metrics.jsonl")) == 1
 
 
@@ -169,7 +166,7 @@ def test_the_clock_goes_on_over_a_stop_and_does_not_count_what_was_thrown_away(t
     lost = second | {"step": 2, "time_s": 1e6}  # recorded, then killed before it was saved
     edited = [first | {"time_s": 50.0, "measure_s": 10.0}, second | {"time_s": 70.0, "measure_s": 10.0}, lost]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in edited))
-    state = walk(tmp_path, tokenizer, replace(CONFIG, steps=100), seconds=100.0 + 1e-9)
+    state = walk(tmp_path, tokenizer, replace(CONFIG, steps=100, seconds=100.0 + 1e-9))
     assert state.step == state.extra["ended_at"] == 3  # 40 + 60 were used, and one step crosses the line
     assert seconds_of_work(read_steps(path)) > 100
 

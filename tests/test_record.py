@@ -154,6 +154,7 @@ def test_human_readable():
 
 
 def test_seconds_of_work_are_those_of_the_steps_without_the_measuring(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "time_s": 2.5}\n{"step": 1, "time_s": 4.0, "measure_s": 1.5}\n')
+    steps = '{"step": 0, "time_s": 2.5}\n{"step": 1, "time_s": 4.0, "measure_s": 1.5}\n'
+    (tmp_path / "metrics.jsonl").write_text(steps)
     assert seconds_of_work(read_steps(tmp_path / "metrics.jsonl")) == 5.0
     assert read_steps(tmp_path / "nothing.jsonl") == [] and seconds_of_work([]) == 0

@@ -103,8 +103,9 @@ def make_run(run_dir: Path, *, problem: str = "((3+4)*2-5)*3 mod 10 = ?") -> Pat
         }  # fmt: skip
         if name != "base":
             overall["gain"] = {"value": accuracy - 0.312, "low": accuracy - 0.35, "high": accuracy - 0.27}
-        if name.startswith("student_") or name == "student":
-            overall["gain_over_student_base"] = {"value": accuracy - 0.24, "low": accuracy - 0.3, "high": accuracy - 0.2}
+        if name in ("student", "student_rl", "student_opd"):
+            value = accuracy - 0.24
+            overall["gain_over_student_base"] = {"value": value, "low": value - 0.06, "high": value + 0.04}
         families = {
             family: {
                 "accuracy": min(1, accuracy * scale), "ci_low": accuracy * scale - 0.06,

@@ -200,7 +200,7 @@ def walk_rl(
     own = problems_judged(50)
     config = RlConfig(
         steps=steps, problems=2, answers=6, max_tokens=4, row_len=32, save_every=2, eval_every=0, eval_problems=2,
-        warmup=1, lr=1e-3, reference_every=3, grpo=GrpoConfig(kl_weight=0.01, minibatches=2),
+        warmup=1, lr=1e-3, reference_every=3, seconds=seconds, grpo=GrpoConfig(kl_weight=0.01, minibatches=2),
     )  # fmt: skip
     with Verifiers() as verifiers:
         return reinforce(
@@ -213,7 +213,6 @@ def walk_rl(
             verifiers=verifiers,
             seed=9,
             recorder_at=lambda step: Recorder(directory, "zero", 1, 1, resume_from_step=step, console=QUIET),
-            seconds=seconds,
         ).model
 
 

@@ -111,7 +111,8 @@ STAGE_TITLES = {
     "student_rl": ("The student by RL alone", "GRPO on the student's base, for as long as distillation took."),
     "on_policy": (
         "On-policy distillation",
-        "The student answers, and at each token learns what r1 would have said there. Leaves student_opd.",
+        "The student answers, and at each token learns what r1 would have said there: the loss is the reverse KL, in "
+        "nats a token. Leaves student_opd.",
     ),
     "eval": ("Evaluation", "Every checkpoint on problems that no stage could see."),
 }

@@ -77,9 +77,8 @@ def distil_on_policy(
     verifiers: Verifiers,
     seed: int,
     recorder_at: RecorderAt,
-    seconds: float = math.inf,
 ) -> TrainState:
-    """Leaves `stage_dir`/checkpoint; continues from it if there is one. Ends after `seconds` of work at the latest."""
+    """Leaves `stage_dir`/checkpoint; continues from it if there is one."""
     check_vocabularies(model, teacher)
     optimizers = build_optimizers(
         model, kind=config.optimizer, lr=config.lr, adamw_lr=config.adamw_lr, weight_decay=config.weight_decay
@@ -116,14 +115,14 @@ def distil_on_policy(
                 "think_share": sum(r.message.thinking is not None for r in rollouts) / len(rollouts),
                 "length": n_tokens / len(rollouts),
                 "truncated_share": sum(r.completion.finish_reason != "stop" for r in rollouts) / len(rollouts),
-                "lr": lr * config.lr,
+                "lr": lr * (config.lr if config.optimizer == "muon" else config.adamw_lr),
                 "tokens": n_tokens,
                 "rollout_s": drawn - began,
                 "update_s": updated - drawn,
                 "memory_gb": memory_gb(),
             }
             worked_s += updated - began
-            total = steps_in_all(step, config.steps, worked_s=worked_s, seconds=seconds)
+            total = steps_in_all(step, config.steps, worked_s=worked_s, seconds=config.seconds)
             if due(step, config.eval_every, total):
                 metrics |= held_out(model, engine, tokenizer, stream, verifiers, params, config.eval_problems)
             ended = time.perf_counter()

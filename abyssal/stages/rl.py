@@ -94,9 +94,8 @@ def reinforce(
     verifiers: Verifiers,
     seed: int,
     recorder_at: RecorderAt,
-    seconds: float = math.inf,
 ) -> TrainState:
-    """Leaves `stage_dir`/checkpoint; continues from it if there is one. Ends after `seconds` of work at the latest."""
+    """Leaves `stage_dir`/checkpoint; continues from it if there is one."""
     state = TrainState(model, build_optimizers(model, kind="adamw", lr=0.0, adamw_lr=config.lr, weight_decay=0.0))
     state.extra = {
         "next_problem": first_problem,
@@ -158,7 +157,7 @@ def reinforce(
                 "memory_gb": memory_gb(),
             }
             worked_s += updated - began - measure_s
-            total = steps_in_all(step, config.steps, worked_s=worked_s, seconds=seconds)
+            total = steps_in_all(step, config.steps, worked_s=worked_s, seconds=config.seconds)
             if due(step, config.eval_every, total):
                 metrics |= held_out(model, engine, tokenizer, stream, verifiers, params, config.eval_problems)
             ended = time.perf_counter()

@@ -63,7 +63,7 @@ def run_pretrain(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
 def run_rl(run: Run, stage: str, verifiers: Verifiers, *, start: str | None) -> dict[str, Any]:
     """RL of `start`, or of the student's base when there is none."""
     config: RlConfig = getattr(run.recipe, stage)
-    tokenizer = run.tokenizer()
+    config, tokenizer = replace(config, seconds=seconds_allowed(run, stage, config.seconds)), run.tokenizer()
     reinforce(
         run.stage_dir(stage),
         config=config,
@@ -74,7 +74,6 @@ def run_rl(run: Run, stage: str, verifiers: Verifiers, *, start: str | None) -> 
         verifiers=verifiers,
         seed=seed_of(run, stage),
         recorder_at=run.recorder_at(stage),
-        seconds=seconds_allowed(run, stage, config.seconds),
     )
     return {}
 
@@ -82,6 +81,7 @@ def run_rl(run: Run, stage: str, verifiers: Verifiers, *, start: str | None) -> 
 def run_on_policy(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
     """The student learns from what r1 would have said at each place of the student's own answers."""
     config, tokenizer = run.recipe.on_policy, run.tokenizer()
+    config = replace(config, seconds=seconds_allowed(run, stage, config.seconds))
     from_base = config.start == "base"
     distil_on_policy(
         run.stage_dir(stage),
@@ -94,7 +94,6 @@ def run_on_policy(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
         verifiers=verifiers,
         seed=seed_of(run, stage),
         recorder_at=run.recorder_at(stage),
-        seconds=seconds_allowed(run, stage, config.seconds),
     )
     return {}
 
