@@ -22,7 +22,7 @@ from abyssal.data.problems import ProblemSource
 from abyssal.engine.engine import Engine
 from abyssal.evals.grade import Grade, error_reasons, summary
 from abyssal.model.transformer import Transformer
-from abyssal.record import Recorder
+from abyssal.record import Recorder, read_steps
 from abyssal.reward.open_request import heads_of
 from abyssal.reward.verifiers import Verifiers
 from abyssal.stages.policy_update import GrpoConfig
@@ -208,18 +208,27 @@ def test_own_problems_come_in_turn_and_generated_ones_by_index():
     assert generated.at(5) == generated.at(5) != generated.at(6)
 
 
-def walk_rl(directory: Path, tokenizer: Tokenizer, *, steps: int, padding: int = 0, **changes: Any) -> Transformer:
+def walk_rl(
+    directory: Path,
+    tokenizer: Tokenizer,
+    *,
+    steps: int,
+    seconds: float = math.inf,
+    model: Transformer | None = None,
+    padding: int = 0,
+    **changes: Any,
+) -> Transformer:
     own = problems_judged(50)
     options: dict[str, Any] = dict(
         steps=steps, problems=2, answers=6, max_tokens=4, row_len=32, save_every=2, eval_every=0, eval_problems=2,
-        warmup=1, lr=1e-3, reference_every=3, grpo=GrpoConfig(kl_weight=0.01, minibatches=2),
+        warmup=1, lr=1e-3, reference_every=3, seconds=seconds, grpo=GrpoConfig(kl_weight=0.01, minibatches=2),
     )  # fmt: skip
     config = RlConfig(**(options | changes))
     with Verifiers() as verifiers:
         return reinforce(
             directory,
             config=config,
-            model=model_of(tokenizer, padding=padding),
+            model=model or model_of(tokenizer, padding=padding),
             tokenizer=tokenizer,
             stream=ProblemStream(ProblemSource(), 0, own=own, own_held_out=own[:2]),
             first_problem=0,
@@ -382,3 +391,25 @@ def test_a_stopped_align_goes_on_to_the_same_numbers_and_records_reward_and_trut
 def test_preference_settings_that_make_no_sense_are_refused(change: dict[str, float], message: str):
     with pytest.raises(ValueError, match=message):
         RlConfig(**change)  # type: ignore[arg-type]
+
+
+def test_seconds_end_it_at_a_step_and_it_stays_ended(judge, tokenizer, tmp_path: Path):
+    """The clock is asked after each step: the one that crosses the line is whole, evaluated and saved."""
+    judge.judge = lambda problem, message: float(len(message.content) < 4)
+    walk_rl(tmp_path, tokenizer, steps=50, seconds=1e-9)
+    [entry] = read_steps(tmp_path / "metrics.jsonl")
+    assert entry["held_out_accuracy"] >= 0 and 0 < entry["measure_s"] < entry["time_s"]
+    weights = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
+    walk_rl(tmp_path, tokenizer, steps=50, seconds=1e9)
+    assert len(read_steps(tmp_path / "metrics.jsonl")) == 1
+    assert (tmp_path / "checkpoint" / "model.safetensors").read_bytes() == weights
+
+
+def test_an_evaluation_says_whether_drafts_still_follow(judge, tokenizer, tmp_path: Path):
+    judge.judge = lambda problem, message: float(len(message.content) < 4)
+    model = small_model("mla_moe_query_latent", vocab_size=tokenizer.vocab_size, max_position_embeddings=64)
+    walk_rl(tmp_path, tokenizer, steps=2, model=model)
+    *_, last = read_steps(tmp_path / "metrics.jsonl")
+    assert 0 <= last["held_out_mtp_acceptance"] <= 1
+    walk_rl(tmp_path / "without", tokenizer, steps=2)
+    assert not any("held_out_mtp_acceptance" in entry for entry in read_steps(tmp_path / "without" / "metrics.jsonl"))

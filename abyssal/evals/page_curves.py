@@ -95,7 +95,9 @@ LEARNING = (
     ),
     Panel(title="Balance: max violation", lines=(("max_violation", "max violation", False),)),
     Panel(
-        title="MTP: second token accepted", lines=(("mtp_acceptance", "second token accepted", True),), fmt="percent"
+        title="MTP: second token accepted",
+        lines=(("mtp_acceptance", "held-out rows", True), ("held_out_mtp_acceptance", "held-out answers", True)),
+        fmt="percent",
     ),
     Panel(
         title="Engine against trainer, |Δ log-prob| (log)",
@@ -140,6 +142,12 @@ STAGE_TITLES = {
         "Which of two answers is better, for helpfulness and for safety: learned from pairs, tried on held-out ones.",
     ),
     "distil": ("Distillation", "Traces of r1 teach a small dense model. Leaves student."),
+    "student_rl": ("The student by RL alone", "GRPO on the student's base, for as long as distillation took."),
+    "on_policy": (
+        "On-policy distillation",
+        "The student answers, and at each token learns what r1 would have said there: the loss is the reverse KL, in "
+        "nats a token. Leaves student_opd.",
+    ),
     "eval": ("Evaluation", "Every checkpoint on problems that no stage could see."),
 }
 

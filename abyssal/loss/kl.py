@@ -1,6 +1,6 @@
-"""Distance to the reference policy, per token.
+"""Distance of a policy from another, per token: the sampled one of GRPO and the exact one of on-policy distillation.
 
-Letters: N tokens.
+Letters: N tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,3 +21,15 @@ def unbiased_kl(logp_N: Tensor, ref_logp_N: Tensor, drawn_logp_N: Tensor) -> Ten
     pi_ref/pi grows without bound where pi has become much less likely than the reference.
     """
     return (logp_N - drawn_logp_N).exp() * k3_kl(logp_N, ref_logp_N)
+
+
+def reverse_kl(logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
+    """KL(student || teacher) of each row over the whole vocabulary, (N,) in FP32.
+
+    Its mean is over what the student itself would say, so it asks the student to say nothing that the teacher would
+    not, rather than everything that it would. (GKD; the reverse KL of on-policy distillation) No gradient reaches the
+    teacher.
+    """
+    logp_NV = logits_NV.float().log_softmax(-1)
+    teacher_logp_NV = teacher_logits_NV.detach().float().log_softmax(-1)
+    return (logp_NV.exp() * (logp_NV - teacher_logp_NV)).sum(-1)

@@ -114,7 +114,9 @@ def all_pairs(
     first: int,
     seed: int,
 ) -> dict[str, list[Pair]]:
-    engine = Engine(policy, eos_ids=[tokenizer.eos_id], max_batch=256, record_experts=False)
+    engine = Engine(
+        policy, eos_ids=[tokenizer.eos_id], max_batch=256, record_experts=False, vocab_size=tokenizer.vocab_size
+    )
 
     def draw(split: Literal["train", "held_out"], requests: int, flip_share: float) -> list[Pair]:
         return draw_pairs(

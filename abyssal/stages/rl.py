@@ -10,6 +10,7 @@ Letters: P problems, G answers per problem, A answers (P x G), B rows, T tokens,
 from __future__ import annotations
 
 import copy
+import math
 import random
 import time
 from dataclasses import dataclass, field
@@ -22,15 +23,16 @@ from abyssal.data.preferences import request_at
 from abyssal.data.problems import ProblemSource, Split, problem_at
 from abyssal.engine.engine import Engine
 from abyssal.evals.grade import Grade, error_reasons, grade, summary
+from abyssal.evals.tasks import drafting
 from abyssal.loss.grpo import group_advantages
 from abyssal.model.transformer import Transformer
 from abyssal.optim.schedule import learning_rate
-from abyssal.record import Recorder, memory_gb
+from abyssal.record import Recorder, memory_gb, read_steps, seconds_of_work
 from abyssal.reward.verifiers import Verifiers
 from abyssal.rollout import agreement, sample_answers
 from abyssal.stages.policy_update import GrpoConfig, answer_batch, update_policy
 from abyssal.stages.preference_judge import Judge, is_request, watched
-from abyssal.stages.schedule_points import RecorderAt, due
+from abyssal.stages.schedule_points import RecorderAt, due, steps_in_all
 from abyssal.stages.state import TrainState, build_optimizers, resume_state, save_state
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Problem, Rollout, SamplingParams
@@ -39,6 +41,7 @@ from abyssal.types import Problem, Rollout, SamplingParams
 @dataclass(frozen=True, kw_only=True)
 class RlConfig:
     steps: int = 60
+    seconds: float = math.inf  # of work, after which it ends too; 0 (student_rl alone): as many as `distil` took
     problems: int = 16  # P per step
     answers: int = 16  # G per problem
     max_tokens: int = 128
@@ -83,6 +86,8 @@ class RlConfig:
                 f"preference_last={self.preference_last} of steps={self.steps} is no step: preference_share="
                 f"{self.preference_share} would train a reward model and never ask it; raise one, or set the share to 0"
             )
+        if self.seconds < 0:
+            raise ValueError(f"seconds={self.seconds} is negative; use inf for no limit")
         if self.answers < 2:
             raise ValueError(f"answers={self.answers}: an answer is compared with its group; draw at least 2")
 
@@ -140,19 +145,22 @@ def reinforce(
     device = model.embed_tokens.weight.device
 
     with recorder_at(state.step) as recorder:
-        for step in range(state.step, config.steps):
+        worked_s = seconds_of_work(read_steps(stage_dir / "metrics.jsonl"))
+        for step in range(state.step, state.extra.get("ended_at", config.steps)):
             began = time.perf_counter()
             groups = draw_groups(
                 engine, tokenizer, stream, state, config, params, verifiers, seed=seed + step, judge=judge
             )
             drawn = time.perf_counter()
             kept, advantages = learnable(groups, divide_by_std=config.grpo.divide_by_std)
+            compared_from = time.perf_counter()
             gap = agreement(
                 model,
                 [r.completion for r in groups.rollouts[: config.compare_answers]],
                 replay=config.grpo.router_replay,
                 vocab_size=tokenizer.vocab_size,
             )
+            measure_s = time.perf_counter() - compared_from
             lr = learning_rate(step, config.steps, warmup=config.warmup, shape="constant")
             update: dict[str, float] = {}
             if kept:  # groups without variance teach nothing: a step of them alone is no step
@@ -197,14 +205,20 @@ def reinforce(
                 "update_s": updated - drawn,
                 "memory_gb": memory_gb(),
             }
-            if due(step, config.eval_every, config.steps):
-                metrics |= held_out(engine, tokenizer, stream, config, verifiers)
+            worked_s += updated - began - measure_s
+            total = steps_in_all(step, config.steps, worked_s=worked_s, seconds=config.seconds)
+            if due(step, config.eval_every, total):
+                n = config.eval_problems
+                metrics |= held_out(model, engine, tokenizer, stream, verifiers, config.max_tokens, n)
                 if judge is not None:
                     metrics |= held_out_requests(engine, tokenizer, stream, config, judge)
-            metrics["time_s"] = time.perf_counter() - began
-            recorder.step(step, config.steps, metrics)
+            ended = time.perf_counter()
+            metrics |= {"measure_s": measure_s + ended - updated, "time_s": ended - began}
+            recorder.step(step, total, metrics)
             report_step(recorder, groups, step)
-            if due(step, config.save_every, config.steps):
+            if due(step, config.save_every, total):
+                if total == step + 1 < config.steps:
+                    state.extra["ended_at"] = total  # by the clock: taken up again, the stage is still over
                 state.extra |= {"reference": reference.state_dict(), "shuffle": shuffle.get_state()}
                 save_state(
                     stage_dir / "checkpoint",
@@ -212,6 +226,8 @@ def reinforce(
                     tokenizer,
                     generation={"temperature": 0.6, "top_p": 0.95, "do_sample": True},
                 )
+            if total == step + 1:
+                break
     return state
 
 
@@ -315,18 +331,23 @@ def learnable(groups: Groups, *, divide_by_std: bool) -> tuple[list[Rollout], li
 
 
 def held_out(
-    engine: Engine, tokenizer: Tokenizer, stream: ProblemStream, config: RlConfig, verifiers: Verifiers
+    model: Transformer,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    stream: ProblemStream,
+    verifiers: Verifiers,
+    max_tokens: int,
+    n_problems: int,
 ) -> dict[str, float]:
-    """Accuracy, thinking and length on problems that no stage trains on; the same ones and the same noise each time."""
-    problems = [stream.at(i, "held_out") for i in range(config.eval_problems)]
-    params = SamplingParams(max_tokens=config.max_tokens)  # temperature 1, as every evaluation of checkpoints
-    grades = grade(
-        sample_answers(engine, tokenizer, problems, answers_per_problem=1, params=params, seed=0), verifiers, tokenizer
-    )
-    seen = summary(grades)
+    """Accuracy, thinking, length and how far drafts still follow, on problems that no stage trains on; the same ones
+    and the same noise each time."""
+    problems = [stream.at(i, "held_out") for i in range(n_problems)]
+    params = SamplingParams(max_tokens=max_tokens)  # temperature 1, as every evaluation of checkpoints
+    rollouts = sample_answers(engine, tokenizer, problems, answers_per_problem=1, params=params, seed=0)
+    seen = summary(grade(rollouts, verifiers, tokenizer)) | drafting(model, tokenizer, rollouts)
     return {
         f"held_out_{name}": seen[name]
-        for name in ("accuracy", "think_share", "length", "length_thinking", "mixed_share")
+        for name in ("accuracy", "think_share", "length", "length_thinking", "mixed_share", "mtp_acceptance")
         if name in seen
     }
 

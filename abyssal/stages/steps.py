@@ -17,15 +17,16 @@ from abyssal.engine.engine import Engine
 from abyssal.evals.page import write_report
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
-from abyssal.record import Recorder
+from abyssal.record import Recorder, read_steps, seconds_of_work
 from abyssal.reward.verifiers import Verifiers
 from abyssal.stages.measure import measure
+from abyssal.stages.on_policy import distil_on_policy
 from abyssal.stages.preference_judge import Judge
 from abyssal.stages.pretrain import pretrain
 from abyssal.stages.recipe import TracedSftConfig
 from abyssal.stages.reward_model import load_scores, said_of, train_reward_model
 from abyssal.stages.rl import RlConfig, reinforce
-from abyssal.stages.run import CHECKPOINTS, FIRST_PROBLEM, STAGES, Run, write_whole
+from abyssal.stages.run import CHECKPOINTS, FIRST_PROBLEM, SEED_NUMBER, STAGES, Run, write_whole
 from abyssal.stages.sft import fine_tune
 from abyssal.stages.tokenize import tokenize
 from abyssal.stages.traces import sample_traces
@@ -64,15 +65,17 @@ def run_pretrain(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
     return {}
 
 
-def run_rl(run: Run, stage: str, verifiers: Verifiers, *, start: str) -> dict[str, Any]:
+def run_rl(run: Run, stage: str, verifiers: Verifiers, *, start: str | None) -> dict[str, Any]:
+    """RL of `start`, or of the student's base when there is none."""
     config: RlConfig = getattr(run.recipe, stage)
-    model = run.load(start, config.dtype)
+    config, tokenizer = replace(config, seconds=seconds_allowed(run, stage, config.seconds)), run.tokenizer()
+    model = student_base(run, tokenizer, config.dtype) if start is None else run.load(start, config.dtype)
     judge = trained_judge(run, stage, model) if config.preference_share else None
     reinforce(
         run.stage_dir(stage),
         config=config,
         model=model,
-        tokenizer=run.tokenizer(),
+        tokenizer=tokenizer,
         stream=run.stream(config.instruction_share),
         first_problem=FIRST_PROBLEM[stage],
         verifiers=verifiers,
@@ -105,11 +108,31 @@ def trained_judge(run: Run, stage: str, policy: Transformer) -> Judge:
     return Judge(scores, heads, clip=run.recipe.align.preference_clip)
 
 
+def run_on_policy(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
+    """The student learns from what r1 would have said at each place of the student's own answers."""
+    config, tokenizer = run.recipe.on_policy, run.tokenizer()
+    config = replace(config, seconds=seconds_allowed(run, stage, config.seconds))
+    from_base = config.start == "base"
+    distil_on_policy(
+        run.stage_dir(stage),
+        config=config,
+        model=student_base(run, tokenizer, config.dtype) if from_base else run.load("student", config.dtype),
+        teacher=run.load("r1", config.dtype),
+        tokenizer=tokenizer,
+        stream=run.stream(),
+        first_problem=FIRST_PROBLEM[stage],
+        verifiers=verifiers,
+        seed=seed_of(run, stage),
+        recorder_at=run.recorder_at(stage),
+    )
+    return {}
+
+
 def run_traced_sft(run: Run, stage: str, verifiers: Verifiers, *, teacher: str, start: str | None) -> dict[str, Any]:
     """Traces of `teacher`, then SFT of `start`, or of a new student when there is none."""
     config: TracedSftConfig = getattr(run.recipe, stage)
     tokenizer, directory = run.tokenizer(), run.stage_dir(stage)
-    if not (directory / "traces.jsonl").is_file():
+    if config.traces.problems and not (directory / "traces.jsonl").is_file():
         model = run.load(teacher, config.sft.dtype)
         engine = Engine(
             model, eos_ids=[tokenizer.eos_id], max_batch=256, record_experts=False, vocab_size=tokenizer.vocab_size
@@ -129,7 +152,7 @@ def run_traced_sft(run: Run, stage: str, verifiers: Verifiers, *, teacher: str, 
                 recorder=recorder,
             )
         write_whole(directory / "traces" / "done.json", "{}\n")
-    traces = read_conversations(directory / "traces.jsonl")
+    traces = read_conversations(directory / "traces.jsonl") if config.traces.problems else []
     general = general_data(run, config.general, first=FIRST_PROBLEM[stage] + config.traces.problems)
     general += request_data(run, config.requests, first=FIRST_PROBLEM[stage])
     own = read_conversations(config.data) if config.data else []
@@ -179,6 +202,8 @@ STEPS: dict[str, Callable[[Run, str, Verifiers], dict[str, Any]]] = {
     "reject": partial(run_traced_sft, teacher="dev2", start="base"),  # from the base again, as R1 does
     "align": partial(run_rl, start="dev3"),
     "distil": partial(run_traced_sft, teacher="r1", start=None),
+    "student_rl": partial(run_rl, start=None),  # R1 section 4.1: the small model by RL alone
+    "on_policy": run_on_policy,
     "eval": run_eval,
     "report": run_report,
 }
@@ -205,6 +230,16 @@ def student_base(run: Run, tokenizer: Tokenizer, dtype: str) -> Transformer:
         )
         write_whole(directory / "done.json", "{}\n")
     return load_checkpoint(directory / "checkpoint", dtype=dtype, device=run.device).model
+
+
+def seconds_allowed(run: Run, stage: str, seconds: float) -> float:
+    """0 stands for what `distil` took in all: r1's writing of the traces and the SFT on them."""
+    if seconds:
+        return seconds
+    directory = run.stage_dir("distil")
+    if not (directory / "done.json").is_file():
+        raise ValueError(f"{stage}.seconds=0 is as many as distil took, which is not done; run `abyssal distil` first")
+    return sum(seconds_of_work(read_steps(part / "metrics.jsonl")) for part in (directory / "traces", directory))
 
 
 def general_data(run: Run, count: int, *, first: int) -> list[Conversation]:
@@ -240,4 +275,4 @@ def fitted(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 def seed_of(run: Run, stage: str) -> int:
     """Stages must not draw with each other's noise."""
-    return run.recipe.run.seed * 1_000_003 + (STAGES.index(stage) + 1) * 10_000_019
+    return run.recipe.run.seed * 1_000_003 + SEED_NUMBER[stage] * 10_000_019
