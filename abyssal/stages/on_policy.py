@@ -46,8 +46,8 @@ class OnPolicyConfig:
     answers: int = 1  # G per problem: nothing is compared within a group, so other problems teach more
     max_tokens: int = 128
     optimizer: Literal["muon", "adamw"] = "muon"
-    lr: float = 0.002  # Muon, matrices
-    adamw_lr: float = 1e-3
+    lr: float = 0.003  # Muon, matrices
+    adamw_lr: float = 1.5e-3
     weight_decay: float = 0.0
     warmup: int = 3
     clip: float = 1.0
