@@ -2,17 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
+from abyssal.data.preferences import request_at
 from abyssal.evals.tasks import Result
 from abyssal.record import Recorder
 from abyssal.stages import measure as measuring
-from abyssal.stages import rl, steps
-from abyssal.stages.evaluation_sets import evaluation_sets
+from abyssal.stages import reward_model, rl, steps
 from abyssal.stages.recipe import Recipe, RlDataConfig, read_recipe
 from abyssal.stages.run import Run
 from abyssal.types import Problem
@@ -30,7 +31,12 @@ def run(tmp_path: Path) -> Run:
 
 
 def sets_of(run: Run) -> dict[str, list[str]]:
-    return evaluation_sets(run, eval_seed=steps.seed_of(run, "eval"))
+    """As `run_tokenize` asks for them."""
+    told: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "tokenize", lambda *a, **options: told.update(options) or SimpleNamespace(vocab_size=0))
+        steps.run_tokenize(run, "tokenize", None)
+    return told["evaluation"]
 
 
 def asked_by_eval(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
@@ -60,7 +66,7 @@ def test_they_are_what_eval_asks(run: Run, monkeypatch: pytest.MonkeyPatch):
     assert len(sets["eval"]) == 300 and len(sets["never trained"]) == 60
 
 
-@pytest.mark.parametrize("stage", ["zero", "reason", "align"])
+@pytest.mark.parametrize("stage", ["zero", "reason", "align", "student_rl"])
 def test_they_are_what_rl_measures_itself_by(run: Run, stage: str, monkeypatch: pytest.MonkeyPatch):
     asked: list[str] = []
 
@@ -70,9 +76,37 @@ def test_they_are_what_rl_measures_itself_by(run: Run, stage: str, monkeypatch: 
 
     monkeypatch.setattr(rl, "sample_answers", sample_answers)
     config = getattr(run.recipe, stage)
+    stream = run.stream(config.instruction_share)
     with pytest.raises(StopIteration):
-        rl.held_out(None, None, run.stream(config.instruction_share), config, None)
+        rl.held_out(None, None, None, stream, None, config.max_tokens, config.eval_problems)
     assert asked == sets_of(run)[f"{stage} held-out"] and len(asked) == 100
+
+
+def test_they_are_what_the_reward_model_is_measured_by(run: Run, monkeypatch: pytest.MonkeyPatch):
+    asked: dict[str, list[str]] = {}
+
+    def draw_pairs(
+        engine: None, tokenizer: None, source: Any, *, split: Any, first: int, requests: int, seed: int, **_: Any
+    ):
+        found = (request_at(source, seed, first + i, split) for i in range(requests))
+        asked[split] = [problem.prompt for problem in found]
+        return []
+
+    def train(directory: Path, *, config: Any, source: Any, first: int, seed: int, **_: Any) -> None:
+        reward_model.all_pairs(config, None, SimpleNamespace(eos_id=0, vocab_size=1), source, first=first, seed=seed)
+        raise StopIteration
+
+    monkeypatch.setattr(reward_model, "Engine", lambda *a, **options: None)
+    monkeypatch.setattr(reward_model, "draw_pairs", draw_pairs)
+    monkeypatch.setattr(steps, "train_reward_model", train)
+    monkeypatch.setattr(Run, "tokenizer", lambda self: None)
+    align = replace(run.recipe.align, preference_share=0.5)
+    judged = run_of(replace(run.recipe, align=align), run.directory)
+    with pytest.raises(StopIteration):
+        steps.trained_judge(judged, "align", None)
+    sets = sets_of(judged)
+    assert asked["held_out"] == sets["reward model"] and asked["held_out"]
+    assert sets["align requests"] == [judged.stream().request(i, "held_out").prompt for i in range(align.eval_problems)]
 
 
 def test_a_users_held_out_file_takes_their_place(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -80,5 +114,6 @@ def test_a_users_held_out_file_takes_their_place(run: Run, tmp_path: Path, monke
         (tmp_path / name).write_text("".join(f'{{"prompt": "{p}?", "answer": "1"}}\n' for p in prompts))
     files = RlDataConfig(train=str(tmp_path / "train.jsonl"), held_out=str(tmp_path / "held_out.jsonl"))
     own = run_of(replace(run.recipe, rl_data=files), tmp_path)
-    assert sets_of(own) == {files.held_out: ["c?", "d?"]}
+    sets = sets_of(own)
+    assert sets.pop(files.held_out) == ["c?", "d?"] and set(sets) <= {"reward model", "align requests"}
     assert asked_by_eval(own, monkeypatch) == [["c?", "d?"]]

@@ -23,6 +23,7 @@ from abyssal.data.corpus import encode_documents, open_source
 from abyssal.data.document_store import open_documents, write_documents
 from abyssal.data.loader import TokenWriter
 from abyssal.data.mix import Drawn, Mixture
+from abyssal.data.preferences import request_at
 from abyssal.data.problems import ProblemSource, Split, problem_at
 from abyssal.data.worked import WebMix, web_document
 from abyssal.record import Recorder
@@ -142,9 +143,10 @@ def clean_documents(
 def conversations(data: DataConfig, *, split: Split, seed: int) -> Iterator[Conversation]:
     """Problems of one side of the split as somebody might have posted them, for ever."""
     for index in itertools.count():
-        yield web_document(
-            problem_at(data.problems, seed, index, split), random.Random(f"web {seed} {index}"), data.web
-        )
+        # drawn apart from all else: without requests the mix is what it was
+        is_request = random.Random(f"is request {seed} {split} {index}").random() < data.web.request_share
+        problem = (request_at if is_request else problem_at)(data.problems, seed, index, split)
+        yield web_document(problem, random.Random(f"web {seed} {index}"), data.web)
 
 
 def sample_texts(config: TokenizerConfig, data: DataConfig, seed: int, documents: Path) -> Iterator[str]:
