@@ -30,7 +30,7 @@ KEY_METRICS = {
     "held_out_loss": "held-out", "mtp_loss": "mtp", "grad_norm": "grad", "zero_variance_share": "zero-var",
     "truncated_share": "cut", "entropy": "entropy", "kl": "kl", "mismatch_max": "mismatch", "clip_share": "clip",
     "max_violation": "maxvio", "lr": "lr", "tokens_per_s": "tok/s", "memory_gb": "GB", "rollout_s": "rollout s",
-    "reward_s": "reward s", "update_s": "update s",
+    "reward_s": "reward s", "update_s": "update s", "documents_per_s": "docs/s", "kept": "kept", "refused": "refused",
 }  # fmt: skip
 PLAIN_LINE_EVERY_S = 10.0  # a pipe or a log file gets a line now and then, not a line a step
 REDRAW_EVERY_S = 0.1

@@ -25,6 +25,7 @@ from abyssal.evals.page_tables import (
     COLOURS,
     NOTHING,
     cost_section,
+    data_section,
     families_section,
     has,
     percent,
@@ -62,6 +63,7 @@ def render(run: RunFiles) -> str:
         "traces": ("Side by side", _traces(run)),
         "curves": ("How it learned", curves_section(run.stages)),
         "families": ("Families", families_section(run)),
+        "data": ("Data", data_section(run)),
         "cost": ("Time and tokens", cost_section(run.stages)),
         "recipe": ("Recipe", _recipe(run)),
     }

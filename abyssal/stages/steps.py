@@ -19,6 +19,7 @@ from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
 from abyssal.record import Recorder, read_steps, seconds_of_work
 from abyssal.reward.verifiers import Verifiers
+from abyssal.stages.evaluation_sets import evaluation_sets
 from abyssal.stages.measure import measure
 from abyssal.stages.on_policy import distil_on_policy
 from abyssal.stages.preference_judge import Judge
@@ -43,6 +44,11 @@ def run_tokenize(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
             run.stage_dir(stage),
             config=recipe.tokenizer,
             data=recipe.data,
+            evaluation=evaluation_sets(
+                run,
+                seeds={stage: seed_of(run, stage) for stage in ("eval", "align")},
+                first_pair=FIRST_PROBLEM["align"] + REWARD_MODEL_FIRST,
+            ),
             row_len=recipe.pretrain.row_len,
             seed=recipe.run.seed,
             recorder=recorder,

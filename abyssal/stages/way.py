@@ -29,7 +29,7 @@ from abyssal.stages.steps import STEPS
 
 # the sections of the recipe that a stage reads, where they are not its own and rl_data
 READS: dict[str, tuple[str, ...]] = {
-    "tokenize": ("tokenizer", "data"),
+    "tokenize": ("tokenizer", "data", "rl_data"),
     "pretrain": ("model", "pretrain"),
     "align": ("align", "rl_data", "reward_model"),
     "distil": ("student", "student_pretrain", "distil", "rl_data"),
