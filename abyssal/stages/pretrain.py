@@ -84,6 +84,8 @@ def pretrain(
     held_out_batch = as_batch(*held_out, eos_id=tokenizer.eos_id, isolate=config.isolate, device=device)
 
     with recorder_at(state.step) as recorder:
+        if state.remark:
+            recorder.log(state.remark, aloud=True)
         for step in range(state.step, config.steps):
             began = time.perf_counter()
             batch = as_batch(*loader.next(), eos_id=tokenizer.eos_id, isolate=config.isolate, device=device)

@@ -54,6 +54,7 @@ class RlDataConfig:
 
     train: str = ""
     held_out: str = ""
+    reward_limit_s: float = 10.0  # for one answer; later than that it is undecided
 
 
 @dataclass(frozen=True, kw_only=True)

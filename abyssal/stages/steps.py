@@ -157,6 +157,7 @@ def run_traced_sft(run: Run, stage: str, verifiers: Verifiers, *, teacher: str, 
                 seed=seed_of(run, stage),
                 recorder=recorder,
             )
+    if (directory / "traces").is_dir():
         write_whole(directory / "traces" / "done.json", "{}\n")
     traces = read_conversations(directory / "traces.jsonl") if config.traces.problems else []
     general = general_data(run, config.general, first=FIRST_PROBLEM[stage] + config.traces.problems)
