@@ -84,7 +84,7 @@ def test_answers_to_one_prompt_share_it_and_equal_separate_ones(n_prompt):
 def counted_prefills(engine):
     """Batch sizes of all prefills from now on."""
     counts, prefill = [], engine._runner.prefill
-    engine._runner.prefill = lambda prompts, blocks: counts.append(len(prompts)) or prefill(prompts, blocks)
+    engine._runner.prefill = lambda chunks: counts.append(len(chunks)) or prefill(chunks)
     return counts
 
 

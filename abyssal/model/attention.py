@@ -1,6 +1,7 @@
 """What every attention layer is told about its batch, and the masked softmax they share. Owns no weights.
 
-Letters: B batch, T query tokens, S key tokens, H heads, R rotary width, Q query/key head width, V value head width.
+Letters: B batch, T query tokens, S key tokens, H heads, G key-value heads, X query heads of each, R rotary width,
+Q query/key head width, V value head width; J tiles of L keys, Z products of one query with one tile (B x J x G).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from abyssal.model.cache import CacheView
 
+KEY_TILE = 64  # keys summed at a time where the order of sums is fixed
 SHORT = 512 * 512  # query-key pairs up to which plain matmuls beat torch's fused CPU kernel, its backward above all
 
 
@@ -36,13 +38,15 @@ def cached_mask(positions_BT: Tensor, n_keys: int) -> Tensor:
     return torch.arange(n_keys, device=positions_BT.device) <= positions_BT[..., None]
 
 
-def core_dtype(x: Tensor) -> torch.dtype:
-    """The type of attention's own products: BF16 stays; FP32 becomes FP64 on a CPU.
+def core_dtype(x: Tensor, *, invariant: bool = False) -> torch.dtype:
+    """The type of attention's own products: BF16 stays, but for invariant mode; FP32 becomes FP64 on a CPU.
 
     Expanded and absorbed MLA, cached and packed rows sum in different orders. In FP64 those orders differ by less than
     FP32 can hold, so engine and trainer see the same FP32 numbers and, further on, choose the same experts.
     """
-    return torch.float64 if x.dtype == torch.float32 and not x.is_cuda else x.dtype
+    if x.dtype == torch.float32 and not x.is_cuda:
+        return torch.float64
+    return torch.float32 if invariant else x.dtype
 
 
 def attend(q_BTHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, mask_BTS: Tensor | None, *, scale: float) -> Tensor:
@@ -78,3 +82,27 @@ def attend_ref(q_BTHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, mask_BTS: Tensor 
     bias_BTS = torch.where(mask_BTS, 0.0, float("-inf")).to(q_BHTQ.dtype)
     scores_BHTS = q_BHTQ @ k_BHSQ.transpose(2, 3) + bias_BTS[:, None]
     return (scores_BHTS.softmax(-1) @ v_BHSV).transpose(1, 2)  # torch sums a BF16 softmax in FP32 and rounds once
+
+
+def attend_in_tiles(
+    q_BGXQ: Tensor, k_BSGQ: Tensor, v_BSGV: Tensor, mask_BS: Tensor, *, scale: float
+) -> Tensor:
+    """The same for one query token a row, with sums in an order that the number of keys and rows does not change.
+
+    Every product is of one shape, a query's heads with KEY_TILE keys, whatever else there is; tiles are added one
+    after the other, and those that the mask hides add exact zeros. (B, G, X, V)
+    """
+    batch, n_keys, n_groups, _ = k_BSGQ.shape
+    assert n_keys % KEY_TILE == 0, f"{n_keys} keys are not tiles of {KEY_TILE}"
+    tiles = (n_keys // KEY_TILE, KEY_TILE)
+    k_ZLQ, v_ZLV = (x.unflatten(1, tiles).transpose(2, 3).flatten(0, 2) for x in (k_BSGQ, v_BSGV))
+    q_ZXQ = (q_BGXQ * scale)[:, None].expand(-1, tiles[0], -1, -1, -1).flatten(0, 2)
+    scores_BJGXL = torch.bmm(q_ZXQ, k_ZLQ.transpose(1, 2)).view(batch, tiles[0], n_groups, -1, KEY_TILE)
+    scores_BJGXL = scores_BJGXL.masked_fill(~mask_BS.view(batch, tiles[0], 1, 1, KEY_TILE), float("-inf"))
+    weights_BJGXL = (scores_BJGXL - scores_BJGXL.amax((1, 4), keepdim=True)).exp()
+    sums_BJGX = weights_BJGXL.sum(-1)
+    parts_BJGXV = torch.bmm(weights_BJGXL.flatten(0, 2), v_ZLV).view(batch, tiles[0], n_groups, -1, v_BSGV.shape[-1])
+    sum_BGX, out_BGXV = sums_BJGX[:, 0], parts_BJGXV[:, 0]
+    for tile in range(1, tiles[0]):
+        sum_BGX, out_BGXV = sum_BGX + sums_BJGX[:, tile], out_BGXV + parts_BJGXV[:, tile]
+    return out_BGXV / sum_BGX[..., None]

@@ -2,7 +2,8 @@
 
 Keys and values of all heads come from one latent of width C; the cache keeps that latent, already normalised, and one
 rotated key that all heads share. Expanded: make every head's keys and values, then attend (training, prefill).
-Absorbed: fold W_UK into the query and W_UV into the output, so each head attends to the latent itself (decode).
+Absorbed: fold W_UK into the query and W_UV into the output, so each head attends to the latent itself (decode; every
+token in the engine's invariant mode).
 Letters: B batch, T query tokens, S key tokens, D width, H heads, N nope dim, R rope dim, C kv latent, V value dim.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from abyssal.model.attention import AttentionContext, attend, core_dtype
+from abyssal.model.attention import AttentionContext, attend, attend_in_tiles, core_dtype
 from abyssal.model.config import ModelConfig
 from abyssal.model.linear import Linear, RMSNorm
 from abyssal.model.rope import rotate
@@ -20,6 +21,8 @@ LATENT_NORM_EPS = 1e-6  # as in the official code, whatever the config's rms_nor
 
 
 class MLA(nn.Module):
+    invariant = False
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
@@ -43,7 +46,7 @@ class MLA(nn.Module):
         # one query token: absorbing costs H*N*C per query instead of H*(N+V)*C per key
         absorb = context.cache is not None and x_BTD.shape[1] == 1
         form = self.absorbed if absorb else self.expanded
-        core = core_dtype(x_BTD)
+        core = core_dtype(x_BTD, invariant=self.invariant)
         out_BTHV = form(q_nope_BTHN.to(core), q_rope_BTHR.to(core), entries_BTW.to(core), context.mask_BTS)
         return self.o_proj(out_BTHV.to(x_BTD.dtype).flatten(2))
 
@@ -88,7 +91,11 @@ class MLA(nn.Module):
         kv_b = self.kv_b_proj.weight.to(q_nope_BTHN.dtype).unflatten(0, (heads, -1))
         w_uk_HNC, w_uv_HVC = kv_b.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         q_latent_BTHC = torch.einsum("bthn,hnc->bthc", q_nope_BTHN, w_uk_HNC)
-        q_BXW = torch.cat((q_latent_BTHC, q_rope_BTHR), dim=-1).flatten(1, 2)  # X = T x H queries share the keys
+        q_BTHW = torch.cat((q_latent_BTHC, q_rope_BTHR), dim=-1)
+        if self.invariant:
+            out_BTHC = self._latent_tiles(q_BTHW, entries_BSW, mask_BTS)
+            return torch.einsum("bthc,hvc->bthv", out_BTHC, w_uv_HVC)
+        q_BXW = q_BTHW.flatten(1, 2)  # X = T x H queries share the keys
         scores_BXS = q_BXW @ entries_BSW.transpose(1, 2)
         scores_BTHS = scores_BXS.to(torch.promote_types(scores_BXS.dtype, torch.float32)).unflatten(1, (tokens, heads))
         scores_BTHS = scores_BTHS * config.softmax_scale
@@ -99,3 +106,11 @@ class MLA(nn.Module):
         weights_BXS = weights_BTHS.to(entries_BSW.dtype).flatten(1, 2)
         out_BTHC = (weights_BXS @ entries_BSW[..., : config.kv_lora_rank]).view(batch, tokens, heads, -1)
         return torch.einsum("bthc,hvc->bthv", out_BTHC, w_uv_HVC)
+
+    def _latent_tiles(self, q_BTHW: Tensor, entries_BSW: Tensor, mask_BTS: Tensor | None) -> Tensor:
+        """One token a row: all its heads are queries of the one key-value head that the latent is. (B, 1, H, C)"""
+        assert mask_BTS is not None and q_BTHW.shape[1] == 1, "invariant attention takes single tokens from a cache"
+        latent_BSC = entries_BSW[..., : self.config.kv_lora_rank]
+        return attend_in_tiles(
+            q_BTHW, entries_BSW[:, :, None], latent_BSC[:, :, None], mask_BTS[:, 0], scale=self.config.softmax_scale
+        )
