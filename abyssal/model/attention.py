@@ -1,7 +1,7 @@
 """What every attention layer is told about its batch, and the masked softmax they share. Owns no weights.
 
 Letters: B batch, T query tokens, S key tokens, H heads, G key-value heads, X query heads of each, R rotary width,
-Q query/key head width, V value head width; J tiles of L keys, Z products of one query with one tile (B x J x G).
+Q query/key head width, V value head width; J tiles of L keys, M queries of a tile's product (T x X), Z products.
 """
 
 from __future__ import annotations
@@ -84,25 +84,31 @@ def attend_ref(q_BTHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, mask_BTS: Tensor 
     return (scores_BHTS.softmax(-1) @ v_BHSV).transpose(1, 2)  # torch sums a BF16 softmax in FP32 and rounds once
 
 
-def attend_in_tiles(
-    q_BGXQ: Tensor, k_BSGQ: Tensor, v_BSGV: Tensor, mask_BS: Tensor, *, scale: float
-) -> Tensor:
-    """The same for one query token a row, with sums in an order that the number of keys and rows does not change.
+def attend_in_tiles(q_BTHQ: Tensor, k_BSGQ: Tensor, v_BSGV: Tensor, mask_BTS: Tensor, *, scale: float) -> Tensor:
+    """The same, (B, T, H, V), with sums in an order that the number of keys and rows does not change.
 
-    Every product is of one shape, a query's heads with KEY_TILE keys, whatever else there is; tiles are added one
-    after the other, and those that the mask hides add exact zeros. (B, G, X, V)
+    Products are of the queries that share a key-value head (a multiple of 8 rows: fewer take other paths through a
+    CPU's kernels) with KEY_TILE keys. Tiles are added one after the other; those that the mask hides add exact zeros.
     """
-    batch, n_keys, n_groups, _ = k_BSGQ.shape
+    (batch, n_tokens, n_heads, _), (_, n_keys, n_groups, width) = q_BTHQ.shape, v_BSGV.shape
     assert n_keys % KEY_TILE == 0, f"{n_keys} keys are not tiles of {KEY_TILE}"
     tiles = (n_keys // KEY_TILE, KEY_TILE)
     k_ZLQ, v_ZLV = (x.unflatten(1, tiles).transpose(2, 3).flatten(0, 2) for x in (k_BSGQ, v_BSGV))
-    q_ZXQ = (q_BGXQ * scale)[:, None].expand(-1, tiles[0], -1, -1, -1).flatten(0, 2)
-    scores_BJGXL = torch.bmm(q_ZXQ, k_ZLQ.transpose(1, 2)).view(batch, tiles[0], n_groups, -1, KEY_TILE)
-    scores_BJGXL = scores_BJGXL.masked_fill(~mask_BS.view(batch, tiles[0], 1, 1, KEY_TILE), float("-inf"))
-    weights_BJGXL = (scores_BJGXL - scores_BJGXL.amax((1, 4), keepdim=True)).exp()
-    sums_BJGX = weights_BJGXL.sum(-1)
-    parts_BJGXV = torch.bmm(weights_BJGXL.flatten(0, 2), v_ZLV).view(batch, tiles[0], n_groups, -1, v_BSGV.shape[-1])
-    sum_BGX, out_BGXV = sums_BJGX[:, 0], parts_BJGXV[:, 0]
+    q_BGTXQ = (q_BTHQ * scale).unflatten(2, (n_groups, -1)).transpose(1, 2)
+    rows = q_BGTXQ.shape[2:4]
+    missing = -rows.numel() % 8
+    q_BGMQ = F.pad(q_BGTXQ.flatten(2, 3), (0, 0, 0, missing))
+    q_ZMQ = q_BGMQ[:, None].expand(-1, tiles[0], -1, -1, -1).flatten(0, 2)
+    scores_ZML = torch.bmm(q_ZMQ, k_ZLQ.transpose(1, 2))[:, : rows.numel()]
+    scores_BJGTXL = scores_ZML.reshape(batch, tiles[0], n_groups, *rows, KEY_TILE)
+    mask_BJTL = mask_BTS.unflatten(2, tiles).transpose(1, 2)
+    scores_BJGTXL = scores_BJGTXL.masked_fill(~mask_BJTL[:, :, None, :, None], float("-inf"))
+    weights_BJGTXL = (scores_BJGTXL - scores_BJGTXL.amax((1, 5), keepdim=True)).exp()
+    sums_BJGTX = weights_BJGTXL.sum(-1)
+    weights_ZML = F.pad(weights_BJGTXL.flatten(0, 2).flatten(1, 2), (0, 0, 0, missing))
+    parts_ZMV = torch.bmm(weights_ZML, v_ZLV)[:, : rows.numel()]
+    parts_BJGTXV = parts_ZMV.reshape(batch, tiles[0], n_groups, *rows, width)
+    sum_BGTX, out_BGTXV = sums_BJGTX[:, 0], parts_BJGTXV[:, 0]
     for tile in range(1, tiles[0]):
-        sum_BGX, out_BGXV = sum_BGX + sums_BJGX[:, tile], out_BGXV + parts_BJGXV[:, tile]
-    return out_BGXV / sum_BGX[..., None]
+        sum_BGTX, out_BGTXV = sum_BGTX + sums_BJGTX[:, tile], out_BGTXV + parts_BJGTXV[:, tile]
+    return (out_BGTXV / sum_BGTX[..., None]).transpose(1, 2).reshape(batch, n_tokens, n_heads, width)

@@ -37,9 +37,8 @@ class GQA(nn.Module):
         core, scale = core_dtype(x_BTD, invariant=self.invariant), self.config.softmax_scale
         q_BTHQ, k_BSGQ, v_BSGQ = q_BTHQ.to(core), k_BSGQ.to(core), v_BSGQ.to(core)
         if self.invariant:
-            assert context.mask_BTS is not None and x_BTD.shape[1] == 1, "invariant attention takes single tokens"
-            q_BGXQ = q_BTHQ[:, 0].unflatten(1, (self.config.num_key_value_heads, -1))
-            out_BTHQ = attend_in_tiles(q_BGXQ, k_BSGQ, v_BSGQ, context.mask_BTS[:, 0], scale=scale).flatten(1, 2)[:, None]
+            assert context.mask_BTS is not None, "invariant attention reads from a cache"
+            out_BTHQ = attend_in_tiles(q_BTHQ, k_BSGQ, v_BSGQ, context.mask_BTS, scale=scale)
         else:
             out_BTHQ = attend(q_BTHQ, k_BSGQ, v_BSGQ, context.mask_BTS, scale=scale)
         return self.o_proj(out_BTHQ.to(x_BTD.dtype).flatten(2))

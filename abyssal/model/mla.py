@@ -44,7 +44,7 @@ class MLA(nn.Module):
         if context.cache is not None:
             entries_BTW = context.cache.update(self.layer, entries_BTW)
         # one query token: absorbing costs H*N*C per query instead of H*(N+V)*C per key
-        absorb = context.cache is not None and x_BTD.shape[1] == 1
+        absorb = context.cache is not None and (x_BTD.shape[1] == 1 or self.invariant)
         form = self.absorbed if absorb else self.expanded
         core = core_dtype(x_BTD, invariant=self.invariant)
         out_BTHV = form(q_nope_BTHN.to(core), q_rope_BTHR.to(core), entries_BTW.to(core), context.mask_BTS)
@@ -93,7 +93,10 @@ class MLA(nn.Module):
         q_latent_BTHC = torch.einsum("bthn,hnc->bthc", q_nope_BTHN, w_uk_HNC)
         q_BTHW = torch.cat((q_latent_BTHC, q_rope_BTHR), dim=-1)
         if self.invariant:
-            out_BTHC = self._latent_tiles(q_BTHW, entries_BSW, mask_BTS)
+            assert mask_BTS is not None, "invariant attention reads from a cache"
+            keys_BSGW = entries_BSW[:, :, None]  # G = 1: the latent is the one key-value head of all
+            values_BSGC = keys_BSGW[..., : config.kv_lora_rank]
+            out_BTHC = attend_in_tiles(q_BTHW, keys_BSGW, values_BSGC, mask_BTS, scale=config.softmax_scale)
             return torch.einsum("bthc,hvc->bthv", out_BTHC, w_uv_HVC)
         q_BXW = q_BTHW.flatten(1, 2)  # X = T x H queries share the keys
         scores_BXS = q_BXW @ entries_BSW.transpose(1, 2)
@@ -106,11 +109,3 @@ class MLA(nn.Module):
         weights_BXS = weights_BTHS.to(entries_BSW.dtype).flatten(1, 2)
         out_BTHC = (weights_BXS @ entries_BSW[..., : config.kv_lora_rank]).view(batch, tokens, heads, -1)
         return torch.einsum("bthc,hvc->bthv", out_BTHC, w_uv_HVC)
-
-    def _latent_tiles(self, q_BTHW: Tensor, entries_BSW: Tensor, mask_BTS: Tensor | None) -> Tensor:
-        """One token a row: all its heads are queries of the one key-value head that the latent is. (B, 1, H, C)"""
-        assert mask_BTS is not None and q_BTHW.shape[1] == 1, "invariant attention takes single tokens from a cache"
-        latent_BSC = entries_BSW[..., : self.config.kv_lora_rank]
-        return attend_in_tiles(
-            q_BTHW, entries_BSW[:, :, None], latent_BSC[:, :, None], mask_BTS[:, 0], scale=self.config.softmax_scale
-        )
