@@ -9,9 +9,9 @@ from abyssal.types import SamplingParams
 BLOCK = 4
 
 
-def scheduler(*, n_blocks=20, n_rows=4, prefill_tokens=1000):
+def scheduler(*, n_blocks=20, n_rows=4, prefill_tokens=1000, **changes):
     return Scheduler(pool=BlockPool(n_blocks), rows=Rows(n_rows=n_rows, max_length=32, max_blocks=8), block_size=BLOCK,
-                     prefill_tokens=prefill_tokens)
+                     prefill_tokens=prefill_tokens, **changes)
 
 
 def add(s, prompt, *, request_id=0):
