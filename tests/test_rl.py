@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,9 +100,9 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(train_bpe(["one plus two is three", "name a colour: red"] * 20, vocab_size=400))
 
 
-def model_of(tokenizer: Tokenizer) -> Transformer:
+def model_of(tokenizer: Tokenizer, *, padding: int = 0) -> Transformer:
     """Half of its answers end after a few tokens: one feature is always large, and the end token listens to it."""
-    model = small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=64)
+    model = small_model(vocab_size=tokenizer.vocab_size + padding, max_position_embeddings=64)
     with torch.no_grad():
         model.embed_tokens.weight[:, 0] = 3.0
         model.lm_head.weight[tokenizer.eos_id, 0] = 1.6
@@ -194,17 +195,18 @@ def test_own_problems_come_in_turn_and_generated_ones_by_index():
     assert generated.at(5) == generated.at(5) != generated.at(6)
 
 
-def walk_rl(directory: Path, tokenizer: Tokenizer, *, steps: int) -> Transformer:
+def walk_rl(directory: Path, tokenizer: Tokenizer, *, steps: int, padding: int = 0, **changes: Any) -> Transformer:
     own = problems_judged(50)
-    config = RlConfig(
+    options: dict[str, Any] = dict(
         steps=steps, problems=2, answers=6, max_tokens=4, row_len=32, save_every=2, eval_every=0, eval_problems=2,
         warmup=1, lr=1e-3, reference_every=3, grpo=GrpoConfig(kl_weight=0.01, minibatches=2),
     )  # fmt: skip
+    config = RlConfig(**(options | changes))
     with Verifiers() as verifiers:
         return reinforce(
             directory,
             config=config,
-            model=model_of(tokenizer),
+            model=model_of(tokenizer, padding=padding),
             tokenizer=tokenizer,
             stream=ProblemStream(ProblemSource(), 0, own=own, own_held_out=own[:2]),
             first_problem=0,
@@ -233,3 +235,43 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(judge, tokenizer, tmp_path:
     assert sum(entry["zero_variance_share"] < 1 for entry in metrics) >= 4  # there was something to learn
     for name, p in whole.state_dict().items():
         assert torch.equal(p, halves.state_dict()[name]), name
+
+
+def test_a_step_at_another_temperature_over_some_ids_starts_on_the_policy_it_drew_from(judge, tokenizer, tmp_path):
+    """With one minibatch nothing has moved: no ratio but 1, no distance to the reference, nothing cut or masked.
+
+    A third of the model's vocabulary is padding, which neither side may give a probability.
+    """
+    judge.judge = lambda problem, message: float(len(message.content) < 4)
+    grpo = GrpoConfig(
+        kl_weight=0.01, clip_low=1e-4, clip_high=1e-4, importance_cap=2.0, off_policy_mask=0.01, unbiased_kl=True
+    )
+    model = walk_rl(tmp_path, tokenizer, steps=1, padding=200, temperature=0.8, top_p=0.9, top_k=50, grpo=grpo)
+    before = model_of(tokenizer, padding=200)
+    moved_V = (model.lm_head.weight != before.lm_head.weight).any(-1)
+    assert moved_V.any() and not moved_V[tokenizer.vocab_size :].any()
+    [metrics] = metrics_of(tmp_path)
+    assert metrics["zero_variance_share"] < 1  # there was something to learn
+    assert metrics["clip_share"] == metrics["importance_cut_share"] == metrics["off_policy_share"] == 0.0
+    assert metrics["kl"] == pytest.approx(0.0, abs=1e-7)
+    assert metrics["mismatch_max"] < 1e-5 and metrics["mismatch_free_max"] >= metrics["mismatch_max"]
+
+
+def test_held_out_problems_are_answered_at_temperature_one_whatever_the_rollouts_are_drawn_at(
+    judge, tokenizer, tmp_path
+):
+    judge.judge = lambda problem, message: float(len(message.content) < 4)
+    still = {"lr": 0.0, "eval_every": 1, "grpo": GrpoConfig(kl_weight=0.0, mtp_weight=0.0)}
+    for name, temperature in (("warm", 1.0), ("cold", 0.3)):
+        walk_rl(tmp_path / name, tokenizer, steps=1, temperature=temperature, eval_problems=8, **still)
+    warm, cold = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("warm", "cold"))
+    assert warm["entropy"] != cold["entropy"]  # other rollouts
+    assert {k: v for k, v in warm.items() if k.startswith("held_out")} == {
+        k: v for k, v in cold.items() if k.startswith("held_out")
+    }
+
+
+def test_greedy_rollouts_and_wrong_filters_are_refused():
+    for name, value in (("temperature", 0.0), ("top_p", 0.0), ("top_k", -1)):
+        with pytest.raises(ValueError, match=name):
+            RlConfig(**{name: value})

@@ -58,7 +58,7 @@ def evaluate(
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Result:
     """K answers to each problem through the engine; all checkpoints meet the same problems with the same noise."""
-    engine = Engine(model, eos_ids=[tokenizer.eos_id], max_batch=256)
+    engine = Engine(model, eos_ids=[tokenizer.eos_id], max_batch=256, vocab_size=tokenizer.vocab_size)
     params = SamplingParams(temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens)
     batch = max(1, 512 // config.answers)
     rollouts: list[Rollout] = []
@@ -75,7 +75,7 @@ def evaluate(
     grades = grade(rollouts, verifiers, tokenizer)
     k = config.answers
     total, active = count_parameters(model)
-    gap = agreement(model, [r.completion for r in rollouts[:64]])
+    gap = agreement(model, [r.completion for r in rollouts[:64]], vocab_size=tokenizer.vocab_size)
     per_problem = [mean_accuracy(grades[i : i + k]) for i in range(0, len(grades), k)]
     overall = (
         numbers(rollouts, grades, k=k)

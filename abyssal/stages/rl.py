@@ -39,7 +39,9 @@ class RlConfig:
     problems: int = 16  # P per step
     answers: int = 16  # G per problem
     max_tokens: int = 128
-    temperature: float = 1.0
+    temperature: float = 1.0  # of the policy that is trained: ratios and KL are at it too; evaluations stay at 1
+    top_p: float = 1.0  # likewise, over the ids that it and top_k leave
+    top_k: int = 0
     lr: float = 1e-4
     warmup: int = 3
     accuracy_weight: float = 1.0
@@ -58,14 +60,17 @@ class RlConfig:
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
 
     def __post_init__(self) -> None:
-        SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)  # raises where they make no sense
-        if self.temperature != 1:
-            raise ValueError(
-                f"temperature={self.temperature}: answers drawn at another temperature come from another policy than "
-                f"the one whose log-probs are compared; use 1"
-            )
+        _ = self.sampling  # raises where it makes no sense
+        if self.temperature == 0:
+            raise ValueError("temperature=0: the answers of a group would all be the same; use above 0")
         if self.answers < 2:
             raise ValueError(f"answers={self.answers}: an answer is compared with its group; draw at least 2")
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(
+            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, max_tokens=self.max_tokens
+        )
 
 
 class Groups(NamedTuple):
@@ -102,8 +107,14 @@ def reinforce(
     reference.load_state_dict(state.extra["reference"])
     shuffle = torch.Generator()
     shuffle.set_state(state.extra["shuffle"])
-    engine = Engine(model, eos_ids=[tokenizer.eos_id], max_batch=config.problems * config.answers)
-    params = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens)
+    engine = Engine(
+        model,
+        eos_ids=[tokenizer.eos_id],
+        max_batch=config.problems * config.answers,
+        record_sampling=True,
+        vocab_size=tokenizer.vocab_size,
+    )
+    params = config.sampling
     device = model.embed_tokens.weight.device
 
     with recorder_at(state.step) as recorder:
@@ -112,11 +123,23 @@ def reinforce(
             groups = draw_groups(engine, tokenizer, stream, state, config, params, verifiers, seed=seed + step)
             drawn = time.perf_counter()
             kept, advantages = learnable(groups, divide_by_std=config.grpo.divide_by_std)
-            gap = agreement(model, [r.completion for r in groups.rollouts[: config.compare_answers]])
+            gap = agreement(
+                model,
+                [r.completion for r in groups.rollouts[: config.compare_answers]],
+                replay=config.grpo.router_replay,
+                vocab_size=tokenizer.vocab_size,
+            )
             lr = learning_rate(step, config.steps, warmup=config.warmup, shape="constant")
             update: dict[str, float] = {}
             if kept:  # groups without variance teach nothing: a step of them alone is no step
-                answers = answer_batch(kept, advantages, row_len=config.row_len, pad_id=tokenizer.pad_id, device=device)
+                answers = answer_batch(
+                    kept,
+                    advantages,
+                    row_len=config.row_len,
+                    pad_id=tokenizer.pad_id,
+                    device=device,
+                    vocab_size=tokenizer.vocab_size,
+                )
                 update = update_policy(
                     state,
                     answers,
@@ -140,6 +163,8 @@ def reinforce(
                 "zero_variance_share": 1 - len(kept) / len(groups.rollouts),
                 "mismatch_max": gap.max,
                 "mismatch_mean": gap.mean,
+                "mismatch_free_max": gap.free_max,
+                "mismatch_free_mean": gap.free_mean,
                 "flip_share": gap.flip_share,
                 "lr": lr * config.lr,
                 "tokens": n_tokens,
@@ -229,7 +254,7 @@ def held_out(
 ) -> dict[str, float]:
     """Accuracy, thinking and length on problems that no stage trains on; the same ones and the same noise each time."""
     problems = [stream.at(i, "held_out") for i in range(config.eval_problems)]
-    params = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens)
+    params = SamplingParams(max_tokens=config.max_tokens)  # temperature 1, as every evaluation of checkpoints
     grades = grade(
         sample_answers(engine, tokenizer, problems, answers_per_problem=1, params=params, seed=0), verifiers, tokenizer
     )

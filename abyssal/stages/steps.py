@@ -81,7 +81,9 @@ def run_traced_sft(run: Run, stage: str, verifiers: Verifiers, *, teacher: str, 
     tokenizer, directory = run.tokenizer(), run.stage_dir(stage)
     if not (directory / "traces.jsonl").is_file():
         model = run.load(teacher, config.sft.dtype)
-        engine = Engine(model, eos_ids=[tokenizer.eos_id], max_batch=256, record_experts=False)
+        engine = Engine(
+            model, eos_ids=[tokenizer.eos_id], max_batch=256, record_experts=False, vocab_size=tokenizer.vocab_size
+        )
         with Recorder(
             directory / "traces", f"{stage} traces", STAGES.index(stage) + 1, len(STAGES), console=run.console
         ) as recorder:
