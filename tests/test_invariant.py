@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_models import random_prompts, small_model
@@ -54,20 +56,25 @@ def differs(one: list[Completion], other: list[Completion]) -> str:
             return f"{how}: {a.ids} {a.logps} against {b.ids} {b.logps}"
         if a.experts is not None and not (b.experts is not None and torch.equal(a.experts, b.experts)):
             return f"{how}: other experts"
+        if a.drawn_from is not None and not (b.drawn_from is not None and a.drawn_from.logps == b.drawn_from.logps):
+            return f"{how}: other log-probs of what was drawn from"
     return ""
 
 
 @pytest.mark.parametrize("kind, dtype", MODES)
 def test_the_same_bits_whatever_else_happens(kind: str, dtype: torch.dtype):
     model = model_of(kind, dtype)
-    engine = Engine(model, eos_ids=[], invariant=True)
+    engine = Engine(model, eos_ids=[], invariant=True, record_sampling=True)
     assert engine._runner._passes == Passes()  # no fallback: long passes are safe here
     alone = [engine.generate([PROMPT], [own])[0] for own in HOW]
     assert len({tuple(c.ids) for c in alone}) == 3  # else little is shown
     assert not differs(alone, among_others(engine))
-    chunked = Engine(model, eos_ids=[], invariant=True, max_batch=9, prefill_chunk=37, block_size=8)
+    chunked = Engine(
+        model, eos_ids=[], invariant=True, max_batch=9, prefill_chunk=37, block_size=8, record_sampling=True
+    )
     assert not differs(alone, among_others(chunked))
     single = Engine(model, eos_ids=[], invariant=True, max_batch=3, prefill_chunk=1)
+    alone = unrecorded(alone)
     assert not differs(alone, single.generate([PROMPT] * 3, HOW))
 
     cached = Engine(model, eos_ids=[], invariant=True, prefix_cache=True, block_size=4)
@@ -82,6 +89,10 @@ def test_the_same_bits_whatever_else_happens(kind: str, dtype: torch.dtype):
         preempted = watched_preemptions(small)
         assert not differs(alone, small.generate([PROMPT] * 3, HOW))
         assert preempted
+
+
+def unrecorded(completions: list[Completion]) -> list[Completion]:
+    return [replace(c, drawn_from=None) for c in completions]
 
 
 def watched_preemptions(engine: Engine) -> list[int]:

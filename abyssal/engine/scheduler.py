@@ -89,11 +89,9 @@ class Scheduler:
                     break
             if not self._make_room(prefix, found):
                 break
-            if prefix.blocks is None:
-                self._claim(prefix, found)
+            blocks = self._claim(prefix, found) if prefix.blocks is None else prefix.blocks
             if start < len(prefix.ids):
-                chunk = Chunk(prefix.ids[start : start + n_chunk], start, prefix.blocks)
-                admission.prefills.append((prefix, chunk))
+                admission.prefills.append((prefix, Chunk(prefix.ids[start : start + n_chunk], start, blocks)))
                 prefix.n_computed, left = start + n_chunk, left - n_chunk
             if prefix.n_computed < len(prefix.ids):
                 break
@@ -121,12 +119,14 @@ class Scheduler:
             return 1
         return blocks_for(len(prefix.ids), self.block_size) - len(found) + self.pool.n_idle(found)
 
-    def _claim(self, prefix: Prefix, found: np.ndarray) -> None:
+    def _claim(self, prefix: Prefix, found: np.ndarray) -> np.ndarray:
+        """Give a prefix its blocks: those found in the cache, and new ones for the rest."""
         self.pool.share(found)  # first: an idle block that is taken anew would lose what it holds
         new = self.pool.take(blocks_for(len(prefix.ids), self.block_size) - len(found))
         prefix.blocks = np.concatenate((found, new))
         prefix.n_computed = len(found) * self.block_size
         self.stats = PrefixStats(self.stats.n_tokens + len(prefix.ids), self.stats.n_found + prefix.n_computed)
+        return prefix.blocks
 
     def computed(self, admission: Admission) -> None:
         """The prefills are done: what they filled may be found by later requests."""
