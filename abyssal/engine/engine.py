@@ -2,8 +2,7 @@
 
 A step is schedule, run, draw: `scheduler.py` says who runs, `runner.py` computes, `sampler.py` draws. What a request
 returns does not depend on its neighbours: its noise is keyed by its seed and positions, and each row is computed as
-if alone (to the last bit on a CPU in FP32 and BF16 where `runner.py` says so, to rounding elsewhere and after a
-preemption).
+if alone, to rounding; to the last bit in invariant mode (`runner.py`).
 Letters: B rows of a step, V vocabulary.
 """
 
