@@ -63,6 +63,7 @@ class RlConfig:
     row_len: int = 256
     rows_per_pass: int = 16
     compare_answers: int = 32  # per step, recomputed by the trainer to measure the mismatch
+    invariant: bool = False  # rollouts whose bits depend on no neighbour (engine/runner.py); slower
     eval_every: int = 10
     eval_problems: int = 100
     save_every: int = 10
@@ -143,6 +144,7 @@ def reinforce(
         max_batch=config.problems * config.answers,
         record_sampling=True,
         vocab_size=tokenizer.vocab_size,
+        invariant=config.invariant,
     )
     params = config.sampling
     device = model.embed_tokens.weight.device
