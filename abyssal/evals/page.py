@@ -20,6 +20,7 @@ from markupsafe import Markup
 from abyssal.evals.charts import value_label
 from abyssal.evals.page_curves import curves_section, stage_title, trace_card
 from abyssal.evals.page_look import SCRIPT, STYLE
+from abyssal.evals.page_needles import needles_section
 from abyssal.evals.page_tables import (
     COLOURS,
     NOTHING,
@@ -58,6 +59,7 @@ def render(run: RunFiles) -> str:
         "results": ("Results", results_section(run)),
         "traces": ("Side by side", _traces(run)),
         "curves": ("How it learned", curves_section(run.stages)),
+        "needles": ("Long context", needles_section(run.needles)),
         "families": ("Families", families_section(run)),
         "cost": ("Time and tokens", cost_section(run.stages)),
         "recipe": ("Recipe", _recipe(run)),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STAGES = ("tokenize", "pretrain", "zero", "cold_start", "reason", "reject", "align", "distil", "eval")
+STAGES = ("tokenize", "pretrain", "extend", "zero", "cold_start", "reason", "reject", "align", "distil", "eval")
 CHECKPOINTS = ("base", "zero", "dev1", "dev2", "dev3", "r1", "student")
 
 
@@ -49,6 +49,7 @@ class RunFiles:
     stages: list[StageFiles] = field(default_factory=list)
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
     traces: list[dict[str, Any]] = field(default_factory=list)
+    needles: dict[str, Any] = field(default_factory=dict)  # extend/needle.json
 
     def overall(self, checkpoint: str) -> dict[str, Any]:
         return _dict(self.checkpoints.get(checkpoint, {}).get("overall"))
@@ -72,6 +73,7 @@ def read_run(run_dir: Path) -> RunFiles:
         written_at=max((path.stat().st_mtime for path in files if path.exists()), default=0.0),
         stages=[_stage(run_dir / name, name) for name in in_order(names, STAGES)],
         checkpoints={name: checkpoints[name] for name in in_order(checkpoints, CHECKPOINTS)},
+        needles=_dict(_json(run_dir / "extend" / "needle.json")),
         traces=[trace for trace in traces if isinstance(trace, dict)] if isinstance(traces, list) else [],
     )
 

@@ -22,7 +22,9 @@ from abyssal.stages.rl import ProblemStream
 from abyssal.tokens.tokenizer import Tokenizer
 
 # stage -> the checkpoint it leaves, in the order of the way
-STAGES = ("tokenize", "pretrain", "zero", "cold_start", "reason", "reject", "align", "distil", "eval", "report")
+STAGES = (
+    "tokenize", "pretrain", "extend", "zero", "cold_start", "reason", "reject", "align", "distil", "eval", "report",
+)  # fmt: skip
 CHECKPOINTS = {
     "pretrain": "base",
     "zero": "zero",
@@ -33,6 +35,7 @@ CHECKPOINTS = {
     "distil": "student",
 }
 FIRST_PROBLEM = {
+    "extend": 3_000_000,
     "zero": 5_000_000,
     "cold_start": 10_000_000,
     "reason": 20_000_000,
@@ -40,6 +43,22 @@ FIRST_PROBLEM = {
     "align": 40_000_000,
     "distil": 50_000_000,
 }  # stages draw from parts of the problem stream that do not overlap; pretraining has its beginning
+
+
+# what a stage's noise is drawn by: a stage that joins the way later takes the next number and moves no other's
+SEED_NUMBER = {
+    "tokenize": 1,
+    "pretrain": 2,
+    "zero": 3,
+    "cold_start": 4,
+    "reason": 5,
+    "reject": 6,
+    "align": 7,
+    "distil": 8,
+    "eval": 9,
+    "report": 10,
+    "extend": 11,
+}
 
 
 @dataclass(frozen=True)
@@ -54,9 +73,18 @@ class Run:
     def stage_dir(self, stage: str) -> Path:
         return self.directory / stage
 
+    def is_off(self, stage: str) -> bool:
+        """Whether the recipe passes this stage over."""
+        return stage == "extend" and self.recipe.extend.steps == 0
+
+    def stage_of(self, name: str) -> str:
+        """Who leaves a checkpoint. Where the context is extended, the longer one is the base of all later stages."""
+        if name == "base" and not self.is_off("extend"):
+            return "extend"
+        return next(stage for stage, leaves in CHECKPOINTS.items() if leaves == name)
+
     def checkpoint(self, name: str) -> Path:
-        stage = next(stage for stage, leaves in CHECKPOINTS.items() if leaves == name)
-        return self.stage_dir(stage) / "checkpoint"
+        return self.stage_dir(self.stage_of(name)) / "checkpoint"
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.stage_dir("tokenize") / "tokenizer")

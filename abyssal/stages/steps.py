@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from abyssal.checkpoint.save import load_checkpoint
+from abyssal.checkpoint.save import load_checkpoint, load_config, save_checkpoint
 from abyssal.data.problems import ProblemSource, problem_at
 from abyssal.data.user_examples import read_conversations
 from abyssal.data.worked import right_content, write_thinking
@@ -18,11 +19,13 @@ from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
 from abyssal.record import Recorder
 from abyssal.reward.verifiers import Verifiers
+from abyssal.stages.extend import extend
+from abyssal.stages.foreign import foreign_model, foreign_tokenizer
 from abyssal.stages.measure import measure
 from abyssal.stages.pretrain import pretrain
 from abyssal.stages.recipe import TracedSftConfig
 from abyssal.stages.rl import RlConfig, reinforce
-from abyssal.stages.run import CHECKPOINTS, FIRST_PROBLEM, STAGES, Run, write_whole
+from abyssal.stages.run import CHECKPOINTS, FIRST_PROBLEM, SEED_NUMBER, STAGES, Run, write_whole
 from abyssal.stages.sft import fine_tune
 from abyssal.stages.tokenize import tokenize
 from abyssal.stages.traces import sample_traces
@@ -33,6 +36,7 @@ from abyssal.types import Conversation, Message
 def run_tokenize(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
     recipe = run.recipe
     with run.recorder_at(stage)(0) as recorder:
+        given = foreign_tokenizer(Path(recipe.run.base), say=recorder.log) if recipe.run.base else None
         tokenizer = tokenize(
             run.stage_dir(stage),
             config=recipe.tokenizer,
@@ -40,23 +44,55 @@ def run_tokenize(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
             row_len=recipe.pretrain.row_len,
             seed=recipe.run.seed,
             recorder=recorder,
+            given=given,
         )
-    return {"vocab_size": tokenizer.vocab_size}
+    return {"vocab_size": tokenizer.vocab_size} | ({"base": recipe.run.base} if recipe.run.base else {})
 
 
 def run_pretrain(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
     recipe, tokenizer = run.recipe, run.tokenizer()
+    base, start = recipe.run.base, None
+    if base:
+        start = foreign_model(Path(base), tokenizer, dtype=recipe.pretrain.dtype, device=run.device)
+        if not recipe.pretrain.steps:  # nothing to train: the checkpoint is the model that was given
+            save_checkpoint(run.stage_dir(stage) / "checkpoint", start, tokenizer)
+            return {"base": base}
+    elif not recipe.pretrain.steps:
+        raise ValueError("pretrain.steps=0 leaves the base untrained; train it, or name a checkpoint as run.base")
     pretrain(
         run.stage_dir(stage),
         config=recipe.pretrain,
-        model_config=fitted(recipe.model, tokenizer),
+        model_config=fitted(recipe.model, tokenizer) if start is None else start.config,
         tokens_dir=run.stage_dir("tokenize"),
         tokenizer=tokenizer,
         seed=recipe.run.seed,
         device=run.device,
         recorder_at=run.recorder_at(stage),
+        start=start,
     )
-    return {}
+    return {"base": base} if base else {}
+
+
+def run_extend(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
+    recipe, base = run.recipe, run.stage_dir("pretrain") / "checkpoint"
+    # a base of ours knows the rows it was trained on; one that came whole says itself how far it goes
+    whole = bool(recipe.run.base) and not recipe.pretrain.steps
+    k = STAGES.index(stage) + 1
+    return extend(
+        run.stage_dir(stage),
+        config=recipe.extend,
+        like=recipe.pretrain,
+        data=recipe.data,
+        base=base,
+        context=load_config(base).max_position_embeddings if whole else recipe.pretrain.row_len,
+        first_problem=FIRST_PROBLEM[stage],
+        tokenizer=run.tokenizer(),
+        seed=seed_of(run, stage),
+        device=run.device,
+        recorder_at=lambda directory, title: lambda step: Recorder(
+            directory, title, k, len(STAGES), resume_from_step=step, console=run.console
+        ),
+    )
 
 
 def run_rl(run: Run, stage: str, verifiers: Verifiers, *, start: str) -> dict[str, Any]:
@@ -114,7 +150,7 @@ def run_traced_sft(run: Run, stage: str, verifiers: Verifiers, *, teacher: str, 
 
 
 def run_eval(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
-    names = [name for stage_, name in CHECKPOINTS.items() if (run.stage_dir(stage_) / "done.json").is_file()]
+    names = [n for n in CHECKPOINTS.values() if (run.stage_dir(run.stage_of(n)) / "done.json").is_file()]
     if not names:
         raise ValueError(f"{run.directory} has no checkpoint to evaluate yet; run `abyssal pretrain` first")
     with run.recorder_at(stage)(0) as recorder:
@@ -140,6 +176,7 @@ def run_report(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
 STEPS: dict[str, Callable[[Run, str, Verifiers], dict[str, Any]]] = {
     "tokenize": run_tokenize,
     "pretrain": run_pretrain,
+    "extend": run_extend,
     "zero": partial(run_rl, start="base"),  # R1-Zero: no SFT before it
     "cold_start": partial(run_traced_sft, teacher="zero", start="base"),
     "reason": partial(run_rl, start="dev1"),
@@ -197,4 +234,4 @@ def fitted(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 def seed_of(run: Run, stage: str) -> int:
     """Stages must not draw with each other's noise."""
-    return run.recipe.run.seed * 1_000_003 + (STAGES.index(stage) + 1) * 10_000_019
+    return run.recipe.run.seed * 1_000_003 + SEED_NUMBER[stage] * 10_000_019

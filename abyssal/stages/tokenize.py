@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from abyssal.data.corpus import encode_documents, read_corpus
+from abyssal.data.haystack import HayOf, NeedleMix, long_row
 from abyssal.data.loader import TokenWriter
 from abyssal.data.problems import ProblemSource, Split, problem_at
 from abyssal.data.worked import WebMix, web_document
@@ -42,14 +43,22 @@ class DataConfig:
     held_out_tokens: int = 100_000
     problems: ProblemSource = field(default_factory=ProblemSource)
     web: WebMix = field(default_factory=WebMix)
+    needles: NeedleMix = field(default_factory=NeedleMix)  # rows beside those of text and problems
 
 
 def tokenize(
-    stage_dir: Path, *, config: TokenizerConfig, data: DataConfig, row_len: int, seed: int, recorder: Recorder
+    stage_dir: Path,
+    *,
+    config: TokenizerConfig,
+    data: DataConfig,
+    row_len: int,
+    seed: int,
+    recorder: Recorder,
+    given: Tokenizer | None = None,
 ) -> Tokenizer:
-    """Leaves `tokenizer/`, `train/` and `held_out/` in `stage_dir`."""
+    """Leaves `tokenizer/`, `train/` and `held_out/` in `stage_dir`. A tokenizer that is given is not trained."""
     recorder.step(0, 4, {"part": "vocabulary"})
-    tokenizer = Tokenizer(
+    tokenizer = given or Tokenizer(
         train_bpe(sample_texts(config, data, seed), vocab_size=config.vocab_size, single_digits=config.single_digits)
     )
     tokenizer.save(stage_dir / "tokenizer")
@@ -63,9 +72,9 @@ def tokenize(
     return tokenizer
 
 
-def conversations(data: DataConfig, *, split: Split, seed: int) -> Iterator[Conversation]:
+def conversations(data: DataConfig, *, split: Split, seed: int, first: int = 0) -> Iterator[Conversation]:
     """Problems of one side of the split as somebody might have posted them, for ever."""
-    for index in itertools.count():
+    for index in itertools.count(first):
         yield web_document(
             problem_at(data.problems, seed, index, split), random.Random(f"web {seed} {index}"), data.web
         )
@@ -89,16 +98,22 @@ def sample_texts(config: TokenizerConfig, data: DataConfig, seed: int) -> Iterat
 
 
 def mixed_rows(
-    data: DataConfig, tokenizer: Tokenizer, *, split: Split, seed: int, row_len: int, n_tokens: int
+    data: DataConfig, tokenizer: Tokenizer, *, split: Split, seed: int, row_len: int, n_tokens: int, first: int = 0
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Rows of `row_len` ids with their loss masks. Only what an assistant says and what a text says is learned."""
     if not 0 <= data.text_share <= 1:
         raise ValueError(f"text_share={data.text_share} is outside [0, 1]")
     text = TextStream(data, tokenizer, split=split, seed=seed) if data.text_share > 0 else None
-    rendered = (render(c, tokenizer) for c in conversations(data, split=split, seed=seed))
+    rendered = (render(c, tokenizer) for c in conversations(data, split=split, seed=seed, first=first))
     example = next(rendered)
-    n_text = n_all = 0
-    while n_all < n_tokens:
+    hay_of = plain_text(data, tokenizer, split=split, seed=seed)
+    rng = random.Random(f"needles {seed} {split} {first}")
+    n_text = n_all = n_long = 0
+    while n_all + n_long < n_tokens:
+        if found := long_row(data.needles, hay_of, tokenizer, rng, row_len=row_len):
+            yield found
+            n_long += row_len
+            continue
         ids: list[int] = []
         mask: list[int] = []
         wants_text = text is not None and n_text + row_len <= data.text_share * (n_all + row_len)
@@ -118,11 +133,25 @@ def mixed_rows(
         n_all += row_len
 
 
+def plain_text(data: DataConfig, tokenizer: Tokenizer, *, split: Split, seed: int) -> HayOf:
+    """Ids of the corpus without control tokens: an end token would close the document that the text is part of."""
+    stream = TextStream(replace(data, fim_rate=0.0), tokenizer, split=split, seed=seed)
+
+    def take(n: int) -> list[int]:
+        ids: list[int] = []
+        while len(ids) < n:
+            ids += [i for i in stream.take(n - len(ids)) if i not in tokenizer.control_ids]
+        return ids
+
+    return take
+
+
 class TextStream:
     """Documents of the corpus as one endless run of ids, to be cut anywhere."""
 
     def __init__(self, data: DataConfig, tokenizer: Tokenizer, *, split: Split, seed: int) -> None:
         self._data, self._tokenizer, self._split, self._seed = data, tokenizer, split, seed
+        self._fim_rate = data.fim_rate if tokenizer.has_fim else 0.0  # a foreign vocabulary may have no marks for it
         self._documents = self._endless()
         self._buffer: list[int] = []
 
@@ -139,7 +168,7 @@ class TextStream:
                 self._data.corpus, max_bytes=self._data.corpus_bytes, seed=self._seed, split=self._split
             )
             n_documents = 0
-            for ids in encode_documents((d.text for d in documents), self._tokenizer, rng, self._data.fim_rate):
+            for ids in encode_documents((d.text for d in documents), self._tokenizer, rng, self._fim_rate):
                 n_documents += 1
                 yield ids
             if n_documents == 0:  # so small a corpus that the hash held none of it out

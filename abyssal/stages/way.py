@@ -1,7 +1,7 @@
 """The way: every stage in order, each taking up where it stopped and leaving a checkpoint in DeepSeek's own name.
 
-    tokenize -> pretrain (base) -> zero (zero) -> cold_start (dev1) -> reason (dev2) -> reject (dev3) -> align (r1)
-             -> distil (student) -> eval -> report
+    tokenize -> pretrain (base) [-> extend (base)] -> zero (zero) -> cold_start (dev1) -> reason (dev2)
+             -> reject (dev3) -> align (r1) -> distil (student) -> eval -> report
 
 A stage is done when its done.json is there. Everything before that line can be killed at any moment.
 """
@@ -29,13 +29,16 @@ from abyssal.stages.steps import STEPS
 
 # the sections of the recipe that a stage reads, where they are not its own and rl_data
 READS: dict[str, tuple[str, ...]] = {
+    "extend": ("extend", "pretrain", "data"),
     "tokenize": ("tokenizer", "data"),
     "pretrain": ("model", "pretrain"),
     "distil": ("student", "student_pretrain", "distil", "rl_data"),
     "report": (),
 }
+# they begin from base, or from what began there
+FROM_BASE = tuple(stage for stage in CHECKPOINTS if stage != "pretrain")
 # what a stage leaves behind that a later start takes up
-LEFT_BEHIND = ("checkpoint", "checkpoint.old", "traces.jsonl", "base", "results.json", "done.json")
+LEFT_BEHIND = ("checkpoint", "checkpoint.old", "traces.jsonl", "base", "phase1", "results.json", "done.json")
 
 
 def open_run(recipe: Recipe, console: Console) -> Run:
@@ -68,6 +71,10 @@ def settled(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
     """What of a recipe a stage has read."""
     read = {f"[{section}]": recipe.get(section) for section in READS.get(stage, (stage, "rl_data"))}
     read["run.seed"] = recipe["run"]["seed"]
+    if stage in ("tokenize", "pretrain"):
+        read["run.base"] = recipe["run"]["base"]
+    if stage in FROM_BASE:
+        read["[extend]"] = recipe["extend"] if recipe["extend"]["steps"] else None
     if stage == "tokenize":  # it lays the mix out in rows of this length
         read["pretrain.row_len"] = recipe["pretrain"]["row_len"]
     return read
@@ -91,6 +98,11 @@ def walk(run: Run, stages: tuple[str, ...] = STAGES) -> None:
     with alone(run.directory), Verifiers() as verifiers:
         check_own_data(run, verifiers)
         for stage in stages:
+            if run.is_off(stage):
+                run.console.print(
+                    f"[dim][{STAGES.index(stage) + 1}/{len(STAGES)} {stage}] off in this recipe[/dim]", highlight=False
+                )
+                continue
             if (run.stage_dir(stage) / "done.json").is_file():
                 run.console.print(
                     f"[dim][{STAGES.index(stage) + 1}/{len(STAGES)} {stage}] already done[/dim]", highlight=False
@@ -101,7 +113,9 @@ def walk(run: Run, stages: tuple[str, ...] = STAGES) -> None:
             summary = STEPS[stage](run, stage, verifiers)
             done = {"stage": stage, "last_session_s": round(time.time() - began, 1), **machine(run), **summary}
             write_whole(run.stage_dir(stage) / "done.json", json.dumps(done, indent=2) + "\n")
-            if stage in CHECKPOINTS:  # an evaluation or a report from before is out of date
+            if stage == "extend":  # it made another base, whose results are not the old one's
+                (run.stage_dir("eval") / "results.json").unlink(missing_ok=True)
+            if stage in CHECKPOINTS or stage == "extend":  # an evaluation or a report from before is out of date
                 for later in ("eval", "report"):
                     (run.stage_dir(later) / "done.json").unlink(missing_ok=True)
 
