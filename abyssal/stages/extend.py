@@ -143,7 +143,7 @@ def extend(
             write_json(directory / "done.json", {})
     found = measure_needles(
         config, base=base, extended=stage_dir / "checkpoint", context=context, data=data, tokenizer=tokenizer,
-        seed=seed, device=device,
+        seed=seed, dtype=like.dtype, device=device,
     )  # fmt: skip
     write_json(stage_dir / "needle.json", found)
     return {"context": context * config.times[1], "needle": {name: overall(found, name) for name in found["accuracy"]}}
@@ -191,17 +191,18 @@ def measure_needles(
     data: DataConfig,
     tokenizer: Tokenizer,
     seed: int,
+    dtype: str,
     device: torch.device,
 ) -> dict[str, Any]:
-    """The same needles in held-out text for the base, the base with YaRN alone, and the extended model, in FP32."""
+    """The same needles in held-out text for the base, the base with YaRN alone, and the extended model."""
     lengths = config.grid.lengths_up_to(context * config.times[1])
     hay_of = plain_text(data, tokenizer, split="held_out", seed=seed)
     grid = needle_grid(config.grid, lengths=lengths, hay_of=hay_of, tokenizer=tokenizer, seed=seed)
-    short = load_checkpoint(base, device=device).model
+    short = load_checkpoint(base, dtype=dtype, device=device).model
     accuracy = {
         BEFORE: needle_accuracy(short, grid),
         UNTRAINED: needle_accuracy(stretched(short, config.scaling(short.config, context)), grid),
-        AFTER: needle_accuracy(load_checkpoint(extended, device=device).model, grid),
+        AFTER: needle_accuracy(load_checkpoint(extended, dtype=dtype, device=device).model, grid),
     }
     return {
         "lengths": lengths,
