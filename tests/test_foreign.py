@@ -160,7 +160,8 @@ def test_the_saved_template_says_the_same(tmp_path: Path, kind: str, prompt: boo
     assert (again.bos_id, again.eos_id, again.pad_id) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
 
 
-RL = RlConfig(steps=1, problems=2, answers=4, max_tokens=12, row_len=64, eval_problems=2, compare_answers=8, lr=0.03)
+# long answers, so that some of those of a model that knows nothing come to an end
+RL = RlConfig(steps=1, problems=2, answers=4, max_tokens=200, row_len=256, eval_problems=2, compare_answers=8, lr=0.03)
 SFT = SftConfig(epochs=1, row_len=128, rows=2, mtp_weight=0.0)
 
 
