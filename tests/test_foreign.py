@@ -19,6 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from abyssal.checkpoint.save import load_checkpoint
 from abyssal.stages.extend import ExtendConfig
 from abyssal.stages.foreign import foreign_model, foreign_tokenizer, with_rows
+from abyssal.stages.pretrain import as_batch
 from abyssal.stages.recipe import TracedSftConfig
 from abyssal.stages.rl import RlConfig
 from abyssal.stages.sft import SftConfig
@@ -249,6 +250,17 @@ def test_passed_over_it_is_extended_from_its_own_context(tmp_path: Path):
     )  # fmt: skip
     run = walked(recipe, "tokenize", "pretrain", "extend")
     assert load_checkpoint(run.checkpoint("base")).config.max_position_embeddings == 4 * 96
+
+
+def test_an_answer_in_chatml_sees_its_question(tmp_path: Path):
+    """<|im_end|> ends questions there and answers, and only the latter end a document."""
+    tokenizer, _ = adopted(made(tmp_path / "qwen", "qwen2"))
+    one = render([Message(role="user", content="2*3?"), Message(role="assistant", content="6")], tokenizer)
+    ids_BT, mask_BT = torch.tensor([one.ids * 2]), torch.tensor([one.mask * 2]).bool()
+    named = {"eos_id": tokenizer.eos_id, "isolate": True, "device": CPU}
+    segments_BT = as_batch(ids_BT, mask_BT, **named, only_learned=True).segments_BT
+    assert segments_BT is not None
+    assert segments_BT.tolist() == [[1] * len(one.ids) + [2] * len(one.ids)]
 
 
 def broken_config(path: Path, **fields: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -135,14 +136,17 @@ def pretrain(
     if resume_state(stage_dir / "checkpoint", state):
         loader.load_state_dict(state.extra["loader"])
     held_out = RowLoader(tokens_dir / "held_out", row_len=config.row_len, rows_per_step=config.eval_rows, seed=0).next()
-    held_out_batch = as_batch(*held_out, eos_id=tokenizer.eos_id, isolate=config.isolate, device=device)
+    to_batch = partial(
+        as_batch, eos_id=tokenizer.eos_id, only_learned=tokenizer.is_chatml, isolate=config.isolate, device=device
+    )
+    held_out_batch = to_batch(*held_out)
 
     with recorder_at(state.step) as recorder:
         for step in range(state.step, config.steps):
             began = time.perf_counter()
             rows_seen = loader.position
             rows = loader.next(config.rows_at(rows_seen))
-            batch = as_batch(*rows, eos_id=tokenizer.eos_id, isolate=config.isolate, device=device)
+            batch = to_batch(*rows)
             losses = backward(model, batch, config, step)
             grad_norm = clip_gradients(model.parameters(), config.clip)
             lr = config.learning_rate_at(step, rows_seen)
@@ -175,11 +179,18 @@ def pretrain(
     return state
 
 
-def as_batch(ids_BT: Tensor, mask_BT: Tensor, *, eos_id: int, isolate: bool, device: torch.device) -> Batch:
-    """Rows of the loader; with `isolate`, each document is a segment of its own, ended by its end token."""
+def as_batch(
+    ids_BT: Tensor, mask_BT: Tensor, *, eos_id: int, isolate: bool, device: torch.device, only_learned: bool = False
+) -> Batch:
+    """Rows of the loader; with `isolate`, each document is a segment of its own, ended by its end token.
+
+    ChatML ends a question with the same token as an answer; there only one that is learned ends a document.
+    """
     segments_BT = None
     if isolate:
         ends = (ids_BT == eos_id).int()
+        if only_learned:
+            ends = ends * mask_BT.int()
         segments_BT = (ends.cumsum(1) - ends + 1).to(device)
     return Batch(ids_BT.to(device), mask_BT.to(device), segments_BT)
 

@@ -36,7 +36,10 @@ from abyssal.types import Conversation, Message
 def run_tokenize(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
     recipe = run.recipe
     with run.recorder_at(stage)(0) as recorder:
-        given = foreign_tokenizer(Path(recipe.run.base), say=recorder.log) if recipe.run.base else None
+        given = None
+        if base := recipe.run.base:
+            given = foreign_tokenizer(Path(base), say=recorder.log)
+            recorder.log(f"start from {base}: the [model] of the recipe gives way to its config.json")
         tokenizer = tokenize(
             run.stage_dir(stage),
             config=recipe.tokenizer,

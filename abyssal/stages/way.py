@@ -38,7 +38,7 @@ READS: dict[str, tuple[str, ...]] = {
 # they begin from base, or from what began there
 FROM_BASE = tuple(stage for stage in CHECKPOINTS if stage != "pretrain")
 # what a stage leaves behind that a later start takes up
-LEFT_BEHIND = ("checkpoint", "checkpoint.old", "traces.jsonl", "base", "phase1", "results.json", "done.json")
+LEFT_BEHIND = ("checkpoint", "checkpoint.old", "traces.jsonl", "base", "phase1/train", "results.json", "done.json")
 
 
 def open_run(recipe: Recipe, console: Console) -> Run:
