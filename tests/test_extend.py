@@ -146,6 +146,17 @@ def test_needles_are_looked_for_before_and_after(extended: Run):
     assert 'id="needles"' in page and "Extended, % found" in page and page.count("tokens; depth downwards") == 3
 
 
+def test_a_grid_that_cannot_be_asked_is_refused_before_any_training(extended: Run):
+    grid = NeedleEval(lengths=16)  # 32 tokens hold no line and no question
+    recipe = replace(extended.recipe, extend=replace(extended.recipe.extend, grid=grid))
+    run = replace(extended, recipe=recipe, directory=extended.directory.with_name("short"))
+    for name in ("tokenize", "pretrain"):
+        shutil.copytree(extended.stage_dir(name), run.stage_dir(name))
+    with pytest.raises(ValueError, match="a needle document of 32 tokens has no room for 1 lines and 1 questions"):
+        walk(run, ("extend",))
+    assert not (run.stage_dir("extend") / "phase1").exists()
+
+
 def test_a_model_that_knows_the_answers_finds_all_and_another_none():
     tokenizer = Tokenizer(train_bpe(["The code of amber is 12.\n"] * 9, vocab_size=300))
     grid = needle_grid(

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,9 @@ def extend(
     recorder_at: Callable[[Path, str], RecorderAt],
 ) -> dict[str, Any]:
     """`base` is the checkpoint to start from, `context` the length it was trained on. Returns what the stage found."""
+    lengths = config.grid.lengths_up_to(context * config.times[1])
+    hay_of = plain_text(data, tokenizer, split="held_out", seed=seed)
+    grid = needle_grid(config.grid, lengths=lengths, hay_of=hay_of, tokenizer=tokenizer, seed=seed)  # or an error, now
     mix = replace(data, needles=config.needles)
     directories = (stage_dir / "phase1", stage_dir)
     for number, directory in enumerate(directories):
@@ -141,12 +145,23 @@ def extend(
         )
         if number == 0:
             write_json(directory / "done.json", {})
-    found = measure_needles(
-        config, base=base, extended=stage_dir / "checkpoint", context=context, data=data, tokenizer=tokenizer,
-        seed=seed, dtype=like.dtype, device=device,
-    )  # fmt: skip
+    load = partial(load_checkpoint, dtype=like.dtype, device=device)
+    short = load(base).model
+    accuracy = {
+        BEFORE: needle_accuracy(short, grid),
+        UNTRAINED: needle_accuracy(stretched(short, config.scaling(short.config, context)), grid),
+        AFTER: needle_accuracy(load(stage_dir / "checkpoint").model, grid),
+    }
+    found: dict[str, Any] = {
+        "lengths": lengths,
+        "depths": config.grid.all_depths(),
+        "documents": config.grid.documents,
+        "keys": config.grid.keys,
+        "trained": {BEFORE: context, UNTRAINED: context, AFTER: context * config.times[1]},
+        "accuracy": accuracy,
+    }
     write_json(stage_dir / "needle.json", found)
-    return {"context": context * config.times[1], "needle": {name: overall(found, name) for name in found["accuracy"]}}
+    return {"context": context * config.times[1], "needle": {name: overall(found, name) for name in accuracy}}
 
 
 def stretched(model: Transformer, scaling: RopeScaling) -> Transformer:
@@ -180,38 +195,6 @@ def write_rows(
         with TokenWriter(directory / split, vocab_size=tokenizer.vocab_size) as writer:
             for ids, mask in rows:
                 writer.add(ids, mask)
-
-
-def measure_needles(
-    config: ExtendConfig,
-    *,
-    base: Path,
-    extended: Path,
-    context: int,
-    data: DataConfig,
-    tokenizer: Tokenizer,
-    seed: int,
-    dtype: str,
-    device: torch.device,
-) -> dict[str, Any]:
-    """The same needles in held-out text for the base, the base with YaRN alone, and the extended model."""
-    lengths = config.grid.lengths_up_to(context * config.times[1])
-    hay_of = plain_text(data, tokenizer, split="held_out", seed=seed)
-    grid = needle_grid(config.grid, lengths=lengths, hay_of=hay_of, tokenizer=tokenizer, seed=seed)
-    short = load_checkpoint(base, dtype=dtype, device=device).model
-    accuracy = {
-        BEFORE: needle_accuracy(short, grid),
-        UNTRAINED: needle_accuracy(stretched(short, config.scaling(short.config, context)), grid),
-        AFTER: needle_accuracy(load_checkpoint(extended, dtype=dtype, device=device).model, grid),
-    }
-    return {
-        "lengths": lengths,
-        "depths": config.grid.all_depths(),
-        "documents": config.grid.documents,
-        "keys": config.grid.keys,
-        "trained": {BEFORE: context, UNTRAINED: context, AFTER: context * config.times[1]},
-        "accuracy": accuracy,
-    }
 
 
 def overall(found: dict[str, Any], name: str) -> dict[str, float]:
