@@ -33,7 +33,13 @@ class Generated(NamedTuple):
 class LM:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, max_batch: int = 64) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.engine = Engine(model, eos_ids=[tokenizer.eos_id], max_batch=max_batch, record_experts=False)
+        self.engine = Engine(
+            model,
+            eos_ids=[tokenizer.eos_id],
+            max_batch=max_batch,
+            record_experts=False,
+            vocab_size=tokenizer.vocab_size,
+        )
         self._ended: dict[int, list[int]] = {}  # ids of answers that ended, until their stream has handed them out
 
     @torch.inference_mode()

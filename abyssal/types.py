@@ -36,7 +36,8 @@ class Problem:
     `key` names the instance without regard to language or wording; the held-out split is a hash of it.
     `steps` are the states a worked solution writes down, in order; empty when nobody worked it out.
     `verifier` is "exact" (the same text), "answer" (the same text or, by math-verify, the same value), "instruction" (a
-    rule in `metadata`), "reasoning_gym:<task>", or "module:function" of the user's own.
+    rule in `metadata`), "request" (an open one, in `metadata`), "reasoning_gym:<task>", or "module:function" of the
+    user's own.
     """
 
     prompt: str
@@ -84,14 +85,42 @@ class SamplingParams:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} leaves nothing to generate")
 
+    @property
+    def cuts(self) -> bool:
+        """Some ids may get no probability."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Draws from the model's own distribution."""
+        return self.temperature == 1 and not self.cuts
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnFrom:
+    """The distribution an answer was drawn from, where that is not the model's own: softmax(logits / temperature) over
+    the ids that top-k, top-p and min-p left.
+
+    `logps` are log-probs under it, one per drawn id. `kept_ids` (X,) int32 are the ids left at each drawn id, one
+    after another, `kept_counts` (n,) int64 how many at each; both None when nothing was cut.
+    """
+
+    temperature: float
+    logps: list[float]
+    kept_ids: torch.Tensor | None = None
+    kept_counts: torch.Tensor | None = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """What the engine returns for one prompt.
 
-    `logps` are log-probs under the model's own distribution (temperature 1, nothing cut), one per id in `ids`; `ids`
-    includes the end token when `finish_reason` is "stop". `experts` (n_computed, n_moe_layers, K) uint8 are the experts
-    chosen at each computed position (prompt, then all of `ids` but the last), or None for a dense model.
+    `logps` are log-probs under the model's own distribution (temperature 1, nothing cut but ids that no tokenizer
+    has), one per id in `ids`, however the ids were drawn: what users of an API expect, and what engine and trainer are
+    compared by. A policy ratio is of `drawn_from.logps` where there are any. `ids` includes the end token when
+    `finish_reason` is "stop". `experts` (n_computed, n_moe_layers, K) uint8 (int16 above 256 experts) are those chosen
+    at each computed position (prompt, then all of `ids` but the last), or None for a dense model. `drawn_from` is None
+    when the ids were drawn from the model's own distribution, or nobody asked the engine to tell.
     """
 
     prompt_ids: list[int]
@@ -99,6 +128,7 @@ class Completion:
     logps: list[float]
     finish_reason: FinishReason
     experts: torch.Tensor | None = None
+    drawn_from: DrawnFrom | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,21 @@ import shutil
 import sys
 from pathlib import Path
 
+from abyssal.record import read_steps, seconds_of_work
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-STAGES = ("tokenize", "pretrain", "zero", "cold_start", "reason", "reject", "align", "distil", "eval")
+STAGES = (
+    "tokenize", "pretrain", "zero", "cold_start", "reason", "reject", "align",
+    "distil", "student_rl", "on_policy", "eval",
+)  # fmt: skip
+# the student's arms: checkpoint -> what it learned from, and the stages whose steps it took
+ARMS = {
+    "student_base": ("text and problems alone", ("distil/base",)),
+    "student": ("SFT on r1's traces", ("distil/traces", "distil")),
+    "student_rl": ("RL by rules", ("student_rl",)),
+    "student_opd": ("r1's distribution on its own answers", ("on_policy",)),
+}
 KEPT = ("recipe.toml", "eval/results.json", "eval/traces.json")
 
 
@@ -50,7 +62,7 @@ def laptop_table() -> list[str]:
             f"| {share(row.get('mtp_acceptance'))} "
             f"| {millions(row['total_params'])}, active {millions(row['active_params'])} |"
         )
-    seconds = {stage: stage_seconds(source, stage) for stage in STAGES}
+    seconds = {stage: stage_seconds(source, stage) for stage in STAGES if (source / stage).is_dir()}
     first = next(iter(checkpoints.values()))["overall"]
     times = ", ".join(f"{stage} {value / 60:.1f}" for stage, value in seconds.items())
     lines += [
@@ -75,6 +87,38 @@ def stage_seconds(source: Path, stage: str) -> float:
         for path in (source / stage).rglob("metrics.jsonl")
         for line in path.read_text(encoding="utf-8").splitlines()
     )
+
+
+def arms_table() -> list[str]:
+    """The student's arms of runs/laptop_full.toml in equal seconds."""
+    source = RESULTS / "laptop_full"
+    checkpoints = json.loads((source / "eval" / "results.json").read_text(encoding="utf-8"))["checkpoints"]
+    lines = ["| student | learned from | steps | seconds of work | right | 95 % interval |", "|---" * 6 + "|"]
+    for name, (learned_from, stages) in ARMS.items():
+        if name not in checkpoints:
+            continue
+        row, steps = checkpoints[name]["overall"], [read_steps(source / stage / "metrics.jsonl") for stage in stages]
+        lines.append(
+            f"| `{name}` | {learned_from} | {len(steps[-1]):,} | {sum(map(seconds_of_work, steps)):.0f} "
+            f"| {share(row['accuracy'])} | {share(row['ci_low'])} to {share(row['ci_high'])} |"
+        )
+    return lines
+
+
+def budget_table() -> list[str]:
+    """pass@1 of runs/laptop_full.toml with the thinking cut after so many tokens."""
+    results = json.loads((RESULTS / "laptop_full" / "eval" / "results.json").read_text(encoding="utf-8"))
+    curves = results.get("budget", {})
+    budgets = sorted({point["budget"] for curve in curves.values() for point in curve})
+    lines = [f"| tokens of thinking | {' | '.join(map(str, budgets))} |", "|---" * (len(budgets) + 1) + "|"]
+    for name, curve in curves.items():
+        at = {point["budget"]: point for point in curve}
+        cells = [
+            f"{share(at[b]['accuracy'])} ({100 * at[b]['ci_low']:.0f}–{100 * at[b]['ci_high']:.0f})" if b in at else "–"
+            for b in budgets
+        ]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return lines
 
 
 def bench_table() -> list[str]:
@@ -117,7 +161,10 @@ def main() -> None:
         keep(Path(sys.argv[1]))
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, make in (("laptop", laptop_table), ("bench", bench_table)):
+    tables = {"laptop": laptop_table, "arms": arms_table, "budget": budget_table, "bench": bench_table}
+    for name, make in tables.items():
+        if f"<!-- table: {name} -->" not in text:
+            continue
         table = "\n".join(make())
         before, rest = text.split(f"<!-- table: {name} -->\n")
         text = f"{before}<!-- table: {name} -->\n{table}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"

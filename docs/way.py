@@ -8,6 +8,8 @@ STAGES = [
     ("reject", "rejection sampling, SFT", "dev3"), ("align", "GRPO, all scenarios", "r1"),
     ("distil", "traces into a dense model", "student"),
 ]  # fmt: skip
+# beside distil, from the same student base and in as many seconds
+ARMS = [("student_rl", "GRPO, rules only", "student_rl"), ("on_policy", "r1's reverse KL", "student_opd")]
 STYLE = """
   .box { fill: #f6f8fa; stroke: #8c959f } .name { font: 600 15px sans-serif; fill: #1f2328 }
   .what { font: 12px sans-serif; fill: #59636e } .leaves { font: 600 13px monospace; fill: #0969da }
@@ -25,9 +27,10 @@ def place(i: int) -> tuple[int, int]:
     return LEFT + i % 4 * (WIDTH + GAP_X), TOP + i // 4 * (HEIGHT + GAP_Y)
 
 
-def box(i: int) -> str:
-    (x, y), (name, what, leaves) = place(i), STAGES[i]
-    label = f'<text class="leaves" x="{x + WIDTH - 12}" y="{y + 24}" text-anchor="end">{leaves}</text>'
+def box(at: tuple[int, int], stage: tuple[str, str, str]) -> str:
+    (x, y), (name, what, leaves) = at, stage
+    below = y + (24 if len(name) + len(leaves) < 18 else 66)  # where there is no room beside the name
+    label = f'<text class="leaves" x="{x + WIDTH - 12}" y="{below}" text-anchor="end">{leaves}</text>'
     return (
         f'<rect class="box" x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="8"/>'
         f'<text class="name" x="{x + 12}" y="{y + 24}">{name}</text>{label}'
@@ -43,6 +46,24 @@ def arrow(i: int) -> str:
     return f'<path class="arrow" d="M{x + WIDTH / 2} {y + HEIGHT} V{middle} H{x2 + WIDTH / 2} V{y2 - 6}"/>'
 
 
+def arms() -> list[str]:
+    """A third row under align and distil: r1 teaches on_policy, and both share distil's student base."""
+    (x2, y), (x, _) = place(6), place(7)
+    below = y + HEIGHT + GAP_Y
+    rl, opd = (x, below), (x2, below)
+    bend = below - GAP_Y / 2
+    return [
+        box(rl, ARMS[0]),
+        box(opd, ARMS[1]),
+        f'<path class="arrow" d="M{x2 + 60} {y + HEIGHT} V{below - 6}"/>',
+        f'<path class="arrow again" d="M{x + 120} {y + HEIGHT} V{below - 6}"/>',
+        f'<path class="arrow again" d="M{x + 120} {bend} H{x2 + 120} V{below - 6}"/>',
+        f'<text class="note" x="{x2 + 66}" y="{y + HEIGHT + 18}">teaches</text>',
+        f'<text class="note" x="{x - 10}" y="{below + HEIGHT + 20}" text-anchor="middle">'
+        "from distil’s own student base, in as many seconds</text>",
+    ]
+
+
 def from_base(i: int, lift: int) -> str:
     """SFT starts from the base again: R1 throws the RL weights away and keeps what they wrote."""
     (x, y), (x2, y2) = place(1), place(i)
@@ -52,8 +73,9 @@ def from_base(i: int, lift: int) -> str:
 
 
 def main() -> None:
-    width, height = LEFT * 2 + 4 * WIDTH + 3 * GAP_X, TOP + 2 * HEIGHT + GAP_Y + 16
-    parts = [box(i) for i in range(8)] + [arrow(i) for i in range(7)] + [from_base(3, 16), from_base(5, 0)]
+    width, height = LEFT * 2 + 4 * WIDTH + 3 * GAP_X, TOP + 3 * HEIGHT + 2 * GAP_Y + 30
+    parts = [box(place(i), stage) for i, stage in enumerate(STAGES)] + arms()
+    parts += [arrow(i) for i in range(7)] + [from_base(3, 16), from_base(5, 0)]
     x, y = place(1)
     parts.append(f'<text class="note" x="{x + 160}" y="{y - 19}">SFT from base again</text>')
     tip = (

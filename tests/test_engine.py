@@ -287,6 +287,64 @@ def test_wrong_settings_are_refused():
         Engine(small_model(), eos_ids=[]).generate([[1], [2]], [GREEDY])
 
 
+def test_ids_beyond_the_tokenizers_are_never_drawn():
+    model = small_model()
+    with torch.no_grad():
+        model.lm_head.weight[50:] *= 5  # what a vocabulary's padding would never be
+    prompts = random_prompts([5, 9, 14])
+    unmasked = Engine(model, eos_ids=[]).generate(prompts, SamplingParams(max_tokens=20))
+    assert max(i for c in unmasked for i in c.ids) >= 50
+    for params in (SamplingParams(max_tokens=20), GREEDY, SamplingParams(max_tokens=20, temperature=2.0, top_p=0.9)):
+        completions = Engine(model, eos_ids=[], vocab_size=50).generate(prompts, params)
+        assert max(i for c in completions for i in c.ids) < 50
+        for c in completions:
+            with torch.no_grad():
+                logits = model.logits(model.hidden(torch.tensor([c.prompt_ids + c.ids])))[0, len(c.prompt_ids) - 1 : -1]
+            logps = logits[:, :50].log_softmax(-1).gather(-1, torch.tensor(c.ids)[:, None])[:, 0]
+            assert c.logps == pytest.approx(logps.tolist(), abs=1e-5)
+    for wrong, message in ((0, "vocab_size=0"), (7, "eos_ids contains the id 9")):
+        with pytest.raises(ValueError, match=message):
+            Engine(model, eos_ids=[9], vocab_size=wrong)
+
+
+def test_an_answer_tells_what_it_was_drawn_from():
+    """Several ways to draw side by side, with too few blocks, so that some are preempted in the middle."""
+    model = small_model()
+    ways = [{}, {"temperature": 0.5}, {"top_k": 3}, {"temperature": 1.5, "top_p": 0.7}, {"temperature": 0.0}] * 2
+    each = [SamplingParams(max_tokens=20, seed=i, **way) for i, way in enumerate(ways)]
+    prompts = random_prompts([9, 3, 16, 5, 7] * 2)
+    engine = Engine(model, eos_ids=[], n_blocks=12, block_size=8, record_sampling=True)
+    completions = engine.generate(prompts, each)
+    assert [c.ids for c in completions] == [c.ids for c in Engine(model, eos_ids=[]).generate(prompts, each)]
+    for c, params in zip(completions, each, strict=True):
+        found = c.drawn_from
+        if params.is_plain:
+            assert found is None
+            continue
+        assert found is not None and found.temperature == params.temperature and len(found.logps) == 20
+        if params.temperature == 0:
+            assert found.logps == [0.0] * 20 and found.kept_ids is None
+            continue
+        with torch.no_grad():
+            logits_TV = model.logits(model.hidden(torch.tensor([c.prompt_ids + c.ids])))[0, len(c.prompt_ids) - 1 : -1]
+        logits_TV = logits_TV / params.temperature
+        assert (found.kept_ids is not None) == params.cuts == (found.kept_counts is not None)
+        if params.cuts:
+            assert len(found.kept_counts) == 20 and int(found.kept_counts.sum()) == len(found.kept_ids)
+            if params.top_k:
+                assert found.kept_counts.tolist() == [3] * 20
+            for logits_V, ids in zip(logits_TV, found.kept_ids.long().split(found.kept_counts.tolist()), strict=True):
+                probs_V = logits_V.softmax(-1)
+                order = probs_V.argsort(descending=True).tolist()
+                assert sorted(order[: len(ids)]) == ids.tolist()  # the likeliest
+                if params.top_p < 1:
+                    assert probs_V[ids].sum() >= 0.7 > probs_V[ids].sum() - probs_V[ids].min()
+                logits_V[[i for i in order if i not in ids.tolist()]] = -torch.inf
+        logps = logits_TV.log_softmax(-1).gather(-1, torch.tensor(c.ids)[:, None])[:, 0]
+        assert found.logps == pytest.approx(logps.tolist(), abs=1e-5)
+    assert all(c.drawn_from is None for c in Engine(model, eos_ids=[]).generate(prompts, each))  # unless asked
+
+
 ACTIONS = st.lists(st.one_of(
     st.tuples(st.just("add"), st.integers(0, 3), st.integers(1, 20)),
     st.tuples(st.just("abort"), st.integers(0, 20), st.just(0)),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from abyssal.model.config import ModelConfig
-from abyssal.model.moe import Gate
+from abyssal.model.moe import Gate, Routing
 from abyssal.model.transformer import Transformer
 
 SHAPE: dict[str, Any] = dict(
@@ -144,3 +144,40 @@ def test_the_router_learns_through_the_weights_and_the_bias_never_does():
     assert gate.weight.grad is not None and gate.weight.grad[[0, 2]].abs().sum() > 0
     assert gate.weight.grad[[1, 3]].abs().sum() == 0  # not chosen
     assert not gate.e_score_correction_bias.requires_grad
+
+
+def test_replayed_experts_are_weighed_by_the_gates_own_scores():
+    gate = gate_for(4, num_experts_per_tok=2, routed_scaling_factor=2.5)
+    x_NE = torch.cat([logit(0.6, 0.1, 0.2, 0.05)] * 2)
+    routing = gate(x_NE, torch.tensor([[3, 1], [-1, -1]]))
+    assert routing.experts_NK[0].tolist() == [3, 1]
+    assert routing.weights_NK[0].tolist() == pytest.approx([2.5 * 0.05 / 0.15, 2.5 * 0.1 / 0.15], rel=1e-6)
+    assert chosen(routing.experts_NK[1:]) == [{0, 2}]  # -1: it chooses for itself
+    assert torch.equal(routing.experts_NK[1], gate(x_NE).experts_NK[1])
+    assert torch.equal(routing.scores_NE, gate(x_NE).scores_NE)
+
+
+def test_the_router_learns_about_the_experts_that_were_replayed():
+    gate = gate_for(4, num_experts_per_tok=2)
+    routing = gate(logit(0.6, 0.1, 0.2, 0.05), torch.tensor([[1, 3]]))
+    (routing.weights_NK * torch.tensor([1.0, -1.0])).sum().backward()
+    assert gate.weight.grad is not None and (gate.weight.grad[[1, 3]].abs().sum(-1) > 0).all()
+    assert gate.weight.grad[[0, 2]].abs().sum() == 0  # its own choice, which was not used
+
+
+def test_a_model_replays_layer_by_layer_and_records_what_it_used():
+    config = ModelConfig(**(SHAPE | {"num_hidden_layers": 3}), hidden_size=16, n_routed_experts=4,
+                         num_experts_per_tok=2, first_k_dense_replace=1, initializer_range=0.3)
+    model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
+    ids_BT = torch.arange(6).view(2, 3)
+    own: list[Routing] = []
+    hidden_BTD = model.hidden(ids_BT, routings=own)
+    own_BTMK = torch.stack([r.experts_NK for r in own], dim=1).unflatten(0, (2, 3))
+    assert torch.equal(model.hidden(ids_BT, experts_BTMK=own_BTMK), hidden_BTD)
+    assert torch.equal(model.hidden(ids_BT, experts_BTMK=torch.full_like(own_BTMK, -1)), hidden_BTD)
+    other_BTMK = own_BTMK.clone()
+    other_BTMK[1, 1, 1] = (own_BTMK[1, 1, 1] + 1) % 4  # one token, in the second of two layers
+    used: list[Routing] = []
+    changed_BTD = model.hidden(ids_BT, experts_BTMK=other_BTMK, routings=used)
+    assert torch.equal(torch.stack([r.experts_NK for r in used], dim=1).unflatten(0, (2, 3)), other_BTMK)
+    assert (changed_BTD != hidden_BTD).any(-1).tolist() == [[False] * 3, [False, True, False]]

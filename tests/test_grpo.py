@@ -117,3 +117,80 @@ def test_the_kl_enters_with_its_weight():
 
 def test_without_a_reference_there_is_no_kl():
     assert float(loss_of([1.3], [1.0], [0], kl_weight=0.5).kl) == 0.0
+
+
+def test_with_every_option_off_the_loss_is_the_plain_formula_bit_for_bit():
+    generator = torch.Generator().manual_seed(0)
+    logp_N, old_logp_N, ref_logp_N = (-torch.rand(50, generator=generator) * 4 for _ in range(3))
+    advantages_N, answer_N = torch.randn(50, generator=generator), torch.arange(50) // 10
+    found = grpo_loss(
+        logp_N, old_logp_N=old_logp_N, ref_logp_N=ref_logp_N, advantages_N=advantages_N, answer_N=answer_N,
+        n_answers=5, n_all_answers=5, n_tokens=50, clip_low=0.2, clip_high=0.3, kl_weight=0.1, mean="answer",
+    )  # fmt: skip
+    ratio_N = (logp_N - old_logp_N).exp()
+    objective_N = torch.minimum(ratio_N * advantages_N, ratio_N.clamp(0.8, 1.3) * advantages_N)
+    log_ratio_N = ref_logp_N - logp_N
+    token_loss_N = 0.1 * (log_ratio_N.exp() - log_ratio_N - 1) - objective_N
+    assert torch.equal(found.loss, (token_loss_N / torch.full((50,), 10)).sum() / 5)
+    assert (float(found.importance_cut_share), int(found.n_off_policy)) == (0.0, 0)
+
+
+def test_importance_weights_by_hand():
+    """The trainer had 0.1 before the step. Drawn at 0.2: half of it counts. Drawn at 0.05: twice, cut at 1.5."""
+    found = loss_of(
+        [1.1, 1.1, 0.5], [1.0, 1.0, -1.0], [0, 0, 1],
+        drawn_logp_N=torch.tensor([0.2, 0.05, 0.1]).log(), importance_cap=1.5,
+    )  # fmt: skip
+    # the clip is of the ratio to the trainer's own old policy, before it is weighed
+    assert float(found.loss) == pytest.approx(-((0.5 * 1.1 + 1.5 * 1.1) / 2 - 0.8) / 2, abs=1e-5)
+    assert float(found.importance_cut_share) == pytest.approx(1 / 3)
+    assert float(found.clip_share) == pytest.approx(1 / 3)
+
+
+def test_an_importance_weight_scales_the_gradient_and_has_none():
+    logp_N = torch.tensor([math.log(0.11)], requires_grad=True)
+    grpo_loss(
+        logp_N, old_logp_N=logp_N.detach(), drawn_logp_N=torch.tensor([math.log(0.1)]), importance_cap=2.0,
+        advantages_N=torch.tensor([3.0]), answer_N=torch.tensor([0]), n_answers=1, n_all_answers=1, n_tokens=1, **PLAIN,
+    ).loss.backward()  # fmt: skip
+    assert logp_N.grad is not None
+    assert float(logp_N.grad) == pytest.approx(-1.1 * 3.0, rel=1e-5)
+
+
+def test_the_kl_times_the_ratio_is_to_what_drew_the_token():
+    # drawn at 0.05, the trainer had and has 0.1, the reference 0.2
+    found = loss_of(
+        [1.0], [0.0], [0], ref_logp_N=torch.tensor([0.2]).log(), kl_weight=0.5,
+        drawn_logp_N=torch.tensor([0.05]).log(), unbiased=True,
+    )  # fmt: skip
+    assert float(found.kl) == pytest.approx(2 * (1 - math.log(2)), abs=1e-6)
+    assert float(found.loss) == pytest.approx(1 - math.log(2), abs=1e-6)
+
+
+def test_wrong_answers_that_the_policy_has_left_are_masked():
+    """Answer 0 fell by log 4 and log 1, 0.69 a token on average; answer 1 fell less; answer 2 fell, but is right."""
+    ratios, advantages, answers = [0.25, 1.0, 0.7, 0.25], [-1.0, -1.0, -1.0, 1.0], [0, 0, 1, 2]
+    whole = loss_of(ratios, advantages, answers, clip_low=0.9, off_policy_mask=0.7)
+    assert float(whole.loss) == pytest.approx(-((-0.25 - 1.0) / 2 - 0.7 + 0.25) / 3, abs=1e-5)
+    assert int(whole.n_off_policy) == 0
+    masked = loss_of(ratios, advantages, answers, clip_low=0.9, off_policy_mask=0.6)
+    assert float(masked.loss) == pytest.approx(-(0.0 - 0.7 + 0.25) / 3, abs=1e-5)  # still a mean of three
+    assert int(masked.n_off_policy) == 1
+
+
+def test_a_masked_answer_keeps_its_kl_and_loses_its_gradient_from_the_reward():
+    logp_N = torch.tensor([math.log(0.01), math.log(0.01)], requires_grad=True)
+    options: dict[str, Any] = PLAIN | {"off_policy_mask": 0.5, "ref_logp_N": torch.tensor([0.02, 0.02]).log()}
+    grpo_loss(
+        logp_N, old_logp_N=torch.tensor([0.1, 0.1]).log(), advantages_N=torch.tensor([-1.0, 1.0]),
+        answer_N=torch.tensor([0, 1]), n_answers=2, n_all_answers=2, n_tokens=2, **(options | {"kl_weight": 1.0}),
+    ).loss.backward()  # fmt: skip
+    assert logp_N.grad is not None
+    # d k3 / d logp = 1 - ref/pi = -1, halved by the mean; the right answer adds minus its ratio of 0.1, halved
+    assert logp_N.grad.tolist() == pytest.approx([-0.5, -0.5 - 0.05], abs=1e-5)
+
+
+def test_engines_and_trainers_old_policy_count_together_in_what_is_off_policy():
+    """The trainer's own ratio is 1; the distance is to the engine."""
+    far = {"drawn_logp_N": torch.tensor([0.4]).log(), "importance_cap": 2.0, "off_policy_mask": 1.0}
+    assert int(loss_of([1.0], [-1.0], [0], **far).n_off_policy) == 1  # log 4 is above 1

@@ -7,18 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import N_VOCAB, small_model
+from small_models import N_VOCAB, random_prompts, small_model
 from torch import Tensor
 
+from abyssal.engine import Engine
 from abyssal.loss.cross_entropy import token_logprobs
 from abyssal.model.transformer import Transformer
 from abyssal.stages.policy_update import AnswerBatch, GrpoConfig, answer_batch, update_policy
+from abyssal.stages.sampled_policy import Kept, sampled_logits
 from abyssal.stages.state import TrainState, build_optimizers
-from abyssal.types import Completion, Message, Problem, Rollout
+from abyssal.types import Completion, DrawnFrom, Message, Problem, Rollout, SamplingParams
 
 KIND = "mla_moe_query_latent"  # with an MTP module
 CPU = torch.device("cpu")
-PLAIN = GrpoConfig(kl_weight=0.0, mtp_weight=0.0)
+PLAIN = GrpoConfig(kl_weight=0.0, mtp_weight=0.0, router_replay=False)  # answers made by hand carry no experts
 
 
 def rollout(prompt: list[int], ids: list[int], logps: list[float] | None = None) -> Rollout:
@@ -72,7 +74,7 @@ def test_every_value_stands_at_its_token():
     assert answers.batch.mask_BT[0].nonzero()[:, 0].tolist() == [3, 4, 7]
     assert answers.batch.segments_BT is not None
     assert answers.batch.segments_BT.tolist() == [[1, 1, 1, 1, 1, 2, 2, 2, 0, 0]]
-    assert answers.old_logp_BT[0].tolist() == pytest.approx([0, 0, 0, -0.4, -0.5, 0, 0, -0.8, 0, 0])
+    assert answers.drawn_logp_BT[0].tolist() == pytest.approx([0, 0, 0, -0.4, -0.5, 0, 0, -0.8, 0, 0])
     assert answers.advantage_BT[0].tolist() == [0, 0, 0, 2, 2, 0, 0, -3, 0, 0]
     assert answers.answer_BT[0].tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 0, 0]
     assert answers.n_answers == 2
@@ -91,7 +93,7 @@ def test_many_answers_keep_their_own_values_however_they_are_packed():
     for i, r in enumerate(rollouts):
         here = answers.batch.mask_BT & (answers.advantage_BT == i + 1)
         assert answers.batch.ids_BT[here].tolist() == r.completion.ids
-        assert answers.old_logp_BT[here].tolist() == pytest.approx(r.completion.logps)
+        assert answers.drawn_logp_BT[here].tolist() == pytest.approx(r.completion.logps)
         assert (answers.answer_BT[here] == i).all()
     assert int(answers.batch.mask_BT.sum()) == sum(len(r.completion.ids) for r in rollouts)
 
@@ -182,3 +184,213 @@ def test_minibatches_take_one_step_each():
         lr_fraction=1.0, rows_per_pass=8, shuffle=torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert int(optimizers["adamw"].state[model.embed_tokens.weight]["step"]) == 3
+
+
+# What the engine recorded: experts, and the distribution it drew from
+
+
+NARROW = GrpoConfig(kl_weight=0.0, mtp_weight=0.0, clip_low=1e-4, clip_high=1e-4)  # clips whatever is not exactly 1
+
+
+def drawn(model: Transformer, n: int = 8, *, vocab_size: int | None = None, **sampling: Any) -> list[Rollout]:
+    """Answers of different lengths from the engine, with all that it can tell about them."""
+    engine = Engine(model, eos_ids=[], record_sampling=True, vocab_size=vocab_size)
+    each = [SamplingParams(max_tokens=3 + i, seed=i, **sampling) for i in range(n)]
+    completions = engine.generate((random_prompts([5, 2, 7]) * n)[:n], each)
+    return [replace(rollout([1], [1]), completion=completion) for completion in completions]
+
+
+ADVANTAGES = [1.0, -1.0, 0.5, 0.2, -0.3, 0.7, -2.0, 1.1]
+
+
+def test_experts_stand_at_the_tokens_that_were_computed():
+    """Two layers, two experts each. The last drawn token was never computed, and padding never existed."""
+    experts = [torch.arange(n, dtype=torch.uint8).view(-1, 2, 2) for n in (16, 8)]
+    experts[1] += 100
+    rollouts = [rollout([1, 2, 3], [4, 5]), rollout([6, 7], [8])]
+    rollouts = [replace(r, completion=replace(r.completion, experts=e)) for r, e in zip(rollouts, experts, strict=True)]
+    found_BTMK = packed(rollouts, [1.0, -1.0], row_len=10).experts_BTMK
+    assert found_BTMK is not None and found_BTMK.shape == (1, 10, 2, 2)
+    assert found_BTMK[0, :, 0, 0].tolist() == [0, 4, 8, 12, -1, 100, 104, -1, -1, -1]
+    assert found_BTMK[0, 1].tolist() == [[4, 5], [6, 7]]
+    with pytest.raises(ValueError, match="1 of 2 answers carry no experts"):
+        packed([rollouts[0], rollout([1], [2])], [1.0, -1.0])
+
+
+def test_replay_needs_experts_and_a_dense_model_has_none():
+    answers = packed(some_rollouts(small_model(KIND)), ADVANTAGES[:4])
+    with pytest.raises(ValueError, match="record_experts=True"):
+        update(small_model(KIND), answers, replace(PLAIN, router_replay=True))
+    update(small_model("gqa_dense"), answers, replace(PLAIN, router_replay=True))
+
+
+def test_replay_changes_nothing_where_both_choose_alike():
+    weights = []
+    for router_replay in (True, False):
+        model = small_model(KIND)
+        answers = packed(drawn(model), ADVANTAGES)
+        update(model, answers, replace(PLAIN, router_replay=router_replay), rows_per_pass=2)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(weights[0], weights[1], atol=1e-7)
+
+
+def test_the_trainer_computes_with_the_experts_it_was_given():
+    """Experts 0 and 1 everywhere: others get no gradient, their routers' rows neither, and the load shows it."""
+    model = small_model("mla_moe")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rollouts = drawn(model)
+    for i, r in enumerate(rollouts):
+        experts = torch.arange(2, dtype=torch.uint8).expand_as(r.completion.experts)
+        rollouts[i] = replace(r, completion=replace(r.completion, experts=experts))
+    answers = packed(rollouts, ADVANTAGES)
+    assert answers.experts_BTMK is not None and answers.batch.segments_BT is not None
+    # what nobody computed chooses freely, and nothing that is learned depends on it
+    metrics = update(model, answers, replace(PLAIN, router_replay=True))
+    n_last = len(rollouts)
+    n_computed = int((answers.batch.segments_BT > 0).sum()) - n_last
+    fullest = 4 * n_computed / (n_computed + n_last)  # a quarter of 8 experts takes them all
+    assert fullest - 1 <= metrics["max_violation"] < 3.001
+    for layer in (1, 2):
+        for name in ("experts.gate_up_proj", "experts.down_proj", "gate.weight"):
+            moved_E = (dict(model.named_parameters())[f"layers.{layer}.mlp.{name}"]
+                       != before[f"layers.{layer}.mlp.{name}"]).flatten(1).any(1)  # fmt: skip
+            assert moved_E.tolist() == [True] * 2 + [False] * 6, name
+
+
+def test_in_bf16_the_ratio_starts_nearer_to_one_with_replay():
+    """What is left is rounding; the share outside of 1 +- 2 % is that of tokens whose experts changed."""
+    clipped = {}
+    for router_replay in (True, False):
+        model = small_model(KIND, dtype=torch.bfloat16)
+        config = replace(PLAIN, router_replay=router_replay, clip_low=0.04, clip_high=0.04)
+        answers = packed(drawn(model, 40), ADVANTAGES * 5, row_len=64)
+        clipped[router_replay] = update(model, answers, config)["clip_share"]
+    assert clipped[True] < 0.5 * clipped[False], clipped
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.7}, {"top_k": 5}, {"temperature": 1.4, "top_p": 0.8}],
+                         ids=["tempered", "cut", "both"])  # fmt: skip
+def test_the_ratio_is_of_the_policy_that_was_drawn_from(sampling: dict[str, Any]):
+    """It starts at 1, KL to itself is 0, and the model's own log-probs would have been off."""
+    model = small_model(KIND)
+    rollouts = drawn(model, **sampling)
+    metrics = update(model, packed(rollouts, ADVANTAGES), replace(NARROW, kl_weight=0.1), reference=small_model(KIND))
+    assert metrics["clip_share"] == 0.0
+    assert metrics["kl"] == pytest.approx(0.0, abs=1e-7)
+    assert metrics["loss"] == pytest.approx(-sum(ADVANTAGES) / 8, abs=1e-5)
+    assert 1.0 < metrics["entropy"] < 4.2  # the model's own, of 61 ids at most log 61
+    own = [replace(r, completion=replace(r.completion, drawn_from=None)) for r in rollouts]
+    drawn_logp_BT = packed(rollouts, ADVANTAGES).drawn_logp_BT
+    assert (packed(own, ADVANTAGES).drawn_logp_BT - drawn_logp_BT).abs().max() > 0.1
+
+
+def test_ids_beyond_the_tokenizers_are_neither_drawn_nor_trained():
+    model = small_model(KIND)
+    before = model.lm_head.weight.detach().clone()
+    rollouts = drawn(model, vocab_size=40)
+    assert max(i for r in rollouts for i in r.completion.ids) < 40
+    answers = answer_batch(rollouts, ADVANTAGES, row_len=24, pad_id=0, device=CPU, vocab_size=40)
+    metrics = update(model, answers, NARROW)
+    assert metrics["clip_share"] == 0.0
+    assert (model.lm_head.weight != before).any(-1).tolist() == [True] * 40 + [False] * (N_VOCAB - 40)
+    whole = update(small_model(KIND), packed(rollouts, ADVANTAGES), NARROW)
+    assert whole["clip_share"] > 0.3  # a policy over all 61 ids is another one
+
+
+def test_kept_ids_stand_at_their_tokens():
+    """Answers of two tokens and of one, in rows 1 and 0."""
+    kept = Kept(torch.tensor([3, 5, 4, 0, 1, 2]), start_BT=torch.tensor([[0, 0, 3], [0, 2, 0]]),
+                count_BT=torch.tensor([[0, 0, 3], [2, 1, 0]]))  # fmt: skip
+    target_BT = torch.tensor([[False, False, True], [True, True, False]])
+    mask_NV = kept.mask(torch.tensor([1, 0]), target_BT[[1, 0]], 6)
+    assert [row.nonzero()[:, 0].tolist() for row in mask_NV] == [[3, 5], [4], [0, 1, 2]]
+
+
+def test_what_was_cut_gets_no_probability_and_no_gradient():
+    logits_NV = torch.tensor([[0.8, 0.1, 0.1], [0.5, 0.3, 0.2]]).log().requires_grad_()
+    kept_NV = torch.tensor([[True, True, False], [True, True, True]])
+    logp_N = token_logprobs(sampled_logits(logits_NV, temperature=0.5, kept_NV=kept_NV), torch.tensor([0, 1]))
+    # temperature one half squares the odds: 64 to 1, and 9 in 25 + 9 + 4
+    assert logp_N.exp().tolist() == pytest.approx([64 / 65, 9 / 38], rel=1e-5)
+    logp_N.sum().backward()
+    assert logits_NV.grad is not None and logits_NV.grad[0, 2] == 0
+    assert logits_NV.grad[0, :2].tolist() == pytest.approx([2 / 65, -2 / 65], abs=1e-6)  # twice (1 - p), twice -p
+    assert sampled_logits(logits_NV, temperature=1.0, kept_NV=None) is logits_NV
+
+
+def test_answers_of_different_distributions_are_refused():
+    model = small_model(KIND)
+    plain, cold, cut, greedy = (
+        drawn(model, 1, **how)[0] for how in ({}, {"temperature": 0.5}, {"top_k": 3}, {"temperature": 0.0})
+    )
+    with pytest.raises(ValueError, match=r"temperatures \[0.5, 1.0\]"):
+        packed([plain, cold], [1.0, -1.0])
+    with pytest.raises(ValueError, match="1 of 2 answers were drawn from all ids"):
+        packed([plain, cut], [1.0, -1.0])
+    with pytest.raises(ValueError, match="temperature=0"):
+        packed([greedy, greedy], [1.0, -1.0])
+
+
+def lowered(rollouts: list[Rollout], by: float) -> list[Rollout]:
+    """As an engine would have drawn them that found each token less likely."""
+    return [
+        replace(r, completion=replace(r.completion, logps=[logp - by for logp in r.completion.logps])) for r in rollouts
+    ]
+
+
+def test_the_importance_cap_puts_the_engines_error_into_a_weight():
+    """The engine found each token half as likely: twice the weight, at most 1.5; the ratio itself is 1."""
+    model = small_model(KIND)
+    answers = packed(lowered(drawn(model), 0.6931472), ADVANTAGES)
+    metrics = update(model, answers, replace(NARROW, importance_cap=1.5))
+    assert metrics["importance_cut_share"] == pytest.approx(1.0)
+    assert metrics["clip_share"] == 0.0
+    assert metrics["loss"] == pytest.approx(-1.5 * sum(ADVANTAGES) / 8, abs=1e-5)
+    below = update(small_model(KIND), answers, replace(NARROW, importance_cap=3.0))
+    assert below["importance_cut_share"] == 0.0
+    assert below["loss"] == pytest.approx(-2.0 * sum(ADVANTAGES) / 8, abs=1e-5)
+    without = update(small_model(KIND), answers, NARROW)
+    assert without["clip_share"] > 0.3 and "importance_cut_share" not in without
+
+
+def test_with_minibatches_the_ratio_is_to_the_trainer_before_the_first_step():
+    model = small_model(KIND)
+    answers = packed(lowered(drawn(model), 0.6931472), ADVANTAGES, row_len=13)
+    config = replace(NARROW, importance_cap=1.5, minibatches=4)
+    still = update(small_model(KIND), answers, config, lr=0.0)
+    assert still["clip_share"] == 0.0 and still["importance_cut_share"] == pytest.approx(1.0)
+    moving = update(small_model(KIND), answers, config, lr=1e-3)
+    assert 0.1 < moving["clip_share"] < 0.8  # all but the first minibatch meet a policy that has moved
+
+
+def test_wrong_answers_far_from_the_policy_are_counted_out():
+    """The engine found each token e times as likely: one nat a token."""
+    model = small_model(KIND)
+    answers = packed(lowered(drawn(model), -1.0), ADVANTAGES)
+    near, far = (
+        update(small_model(KIND), answers, replace(PLAIN, router_replay=True, off_policy_mask=delta))
+        for delta in (1.01, 0.99)
+    )
+    assert near["off_policy_share"] == 0.0
+    assert far["off_policy_share"] == pytest.approx(3 / 8)  # those with a negative advantage
+    wrong = sum(a for a in ADVANTAGES if a < 0)
+    # unmasked, a ratio of 1/e counts as the clip's 0.8 for a wrong answer
+    assert far["loss"] - near["loss"] == pytest.approx(0.8 * wrong / 8, abs=1e-5)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"importance_cap": 0.5}, "importance_cap=0.5 .* at least 1"),
+    ({"importance_cap": float("nan")}, "importance_cap=nan"),
+    ({"off_policy_mask": -1.0}, "off_policy_mask=-1.0"),
+    ({"unbiased_kl": True, "kl_weight": 0.0}, "kl_weight=0"),
+])  # fmt: skip
+def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        GrpoConfig(**wrong)
+
+
+def test_what_an_answer_was_drawn_from_has_its_own_log_probs():
+    r = rollout([1, 2], [3, 4], [-0.5, -0.6])
+    r = replace(r, completion=replace(r.completion, drawn_from=DrawnFrom(temperature=0.5, logps=[-0.1, -0.2])))
+    answers = packed([r], [1.0], row_len=4)
+    assert answers.drawn_logp_BT[0].tolist() == pytest.approx([0, 0, -0.1, -0.2]) and answers.temperature == 0.5

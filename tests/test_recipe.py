@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def test_the_round_trip_keeps_what_is_hard_to_spell(tmp_path: Path):
         ({"pretrain": {"isolate": 1}}, "pretrain.isolate=1 must be of type bool"),
         ({"pretrain": {"dtype": "float16"}}, "pretrain.dtype='float16'; use one of 'float32', 'bfloat16'"),
         ({"pretrain": 5}, "pretrain=5 must be a table"),
+        ({"zero": {"preference_share": 0.1}}, "zero.preference_share=0.1: rules alone reward zero"),
         ({"data": {"problems": {"levels": [1]}}}, r"data.problems.levels=\[1\] must be a list of 2 values"),
         ({"data": {"problems": {"levels_of": {"chain": ["1", 2]}}}}, "levels_of.chain='1' must be of type int"),
         ({"model": {k: v for k, v in MODEL.items() if k != "hidden_size"}}, "model.hidden_size is missing"),
@@ -69,6 +71,12 @@ def test_the_round_trip_keeps_what_is_hard_to_spell(tmp_path: Path):
         ({"pretrain": {"rows": 6, "micro_rows": 4}}, "pretrain.rows=6 is not a multiple of micro_rows=4"),
         ({"zero": {"answers": 1}}, "answers=1: an answer is compared with its group"),
         ({"cold_start": {"traces": {"max_tokens": 0}}}, "max_tokens=0 leaves nothing to generate"),
+        ({"zero": {"seconds": 0}}, "zero.seconds=0: only the student's arms can take as long as distil; use inf"),
+        ({"student_rl": {"seconds": -1}}, "seconds=-1.0 is negative; use inf for no limit"),
+        ({"on_policy": {"start": "r1"}}, "on_policy.start='r1'; use one of 'base', 'student'"),
+        ({"eval": {"budgets": 8}}, "eval.budgets=8 must be a list"),
+        ({"eval": {"budgets": [8, "16"]}}, "eval.budgets='16' must be of type int"),
+        ({"distil": {"traces": {"problems": 0}}}, "traces.problems=0 and no data leave nothing to learn"),
         ({"eval": {"top_p": 0.0}}, r"top_p=0.0 is outside \(0, 1\]"),
         ({"pretrain": {"row_len": 200}}, "student_pretrain.row_len=256 is no multiple of pretrain.row_len=200"),
     ],
@@ -77,6 +85,16 @@ def test_what_is_wrong_is_named(sections: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message) as error:
         recipe_of(**sections)
     assert "\n" not in str(error.value)
+
+
+def test_the_students_other_arms_are_off_unless_a_recipe_gives_them_a_section(tmp_path: Path):
+    plain = recipe_of()
+    assert plain.student_rl.steps == plain.on_policy.steps == 0
+    armed = recipe_of(student_rl={"seconds": 0}, on_policy={"steps": 7}, eval={"budgets": [0, 8, 16]})
+    assert armed.student_rl.steps > 0 and armed.student_rl.seconds == 0
+    assert armed.on_policy.steps == 7 and math.isinf(armed.on_policy.seconds)  # by steps: the same each time
+    assert armed.eval.budgets == (0, 8, 16) and plain.eval.budgets == ()
+    assert read_recipe(written(tmp_path, to_toml(armed))) == armed  # inf included
 
 
 def test_a_recipe_needs_both_models():

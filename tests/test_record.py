@@ -9,7 +9,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from abyssal.record import Recorder, append, cut_to_step, human_time, memory_gb, short
+from abyssal.record import (
+    Recorder,
+    append,
+    cut_to_step,
+    human_time,
+    memory_gb,
+    read_steps,
+    seconds_of_work,
+    short,
+)
 
 
 class Clock:
@@ -142,3 +151,10 @@ def test_human_readable():
     assert [short(v) for v in (0.0312, 0.5, 12480, 22.25, 310, 3e-7, 2.5e6)] == [
         "0.031", "0.50", "12k", "22.2", "310", "3e-07", "2.5M"]  # fmt: skip
     assert 0.01 < memory_gb() < 1000
+
+
+def test_seconds_of_work_are_those_of_the_steps_without_the_measuring(tmp_path):
+    steps = '{"step": 0, "time_s": 2.5}\n{"step": 1, "time_s": 4.0, "measure_s": 1.5}\n'
+    (tmp_path / "metrics.jsonl").write_text(steps)
+    assert seconds_of_work(read_steps(tmp_path / "metrics.jsonl")) == 5.0
+    assert read_steps(tmp_path / "nothing.jsonl") == [] and seconds_of_work([]) == 0

@@ -1,5 +1,6 @@
 """The report of a made-up run: complete, half done, hostile. What a reader must find on the page is looked for."""
 
+import html
 import json
 import math
 import random
@@ -71,6 +72,17 @@ def make_run(run_dir: Path, *, problem: str = "((3+4)*2-5)*3 mod 10 = ?") -> Pat
             {"step": s, "loss": 0.5 + math.exp(-s / 9), "lr": 1e-3, "tokens": 4000, "time_s": 1} for s in range(40)
         ]
         _stage(run_dir / name, steps)
+    for name, seconds in (("distil/base", 2.0), ("distil/traces", 0.5)):
+        _stage(run_dir / name, [{"step": s, "loss": 2.0, "tokens": 1000, "time_s": seconds} for s in range(20)])
+    for name in ("student_rl", "on_policy"):
+        steps = [
+            {
+                "step": s, "loss": 0.4 * math.exp(-s / 9), "tokens": 2000, "time_s": 3.5, "measure_s": 1.0,
+                "length": 30.0, "think_share": 0.8,
+            }
+            for s in range(20)
+        ]  # fmt: skip
+        _stage(run_dir / name, steps)
     (run_dir / "tokenize").mkdir()
     (run_dir / "tokenize/done.json").write_text('{"time_s": 6.5, "tokens": 0}')
     _stage(run_dir / "eval", [{"step": 0, "time_s": 41.0, "tokens": 90000}])
@@ -78,19 +90,23 @@ def make_run(run_dir: Path, *, problem: str = "((3+4)*2-5)*3 mod 10 = ?") -> Pat
     for name, accuracy, think, length, mixed in (
         ("base", 0.312, 0.52, 22.4, 0.14), ("zero", 0.581, 0.88, 35.1, 0.16), ("dev1", 0.44, 0.97, 36.0, 0.03),
         ("dev2", 0.602, 0.98, 36.4, 0.01), ("dev3", 0.595, 0.99, 36.2, 0.01), ("r1", 0.624, 0.99, 36.9, 0.008),
-        ("student", 0.557, 1.0, 36.1, 0.011),
+        ("student_base", 0.24, 0.45, 20.0, 0.2), ("student", 0.557, 1.0, 36.1, 0.011),
+        ("student_rl", 0.353, 0.7, 30.0, 0.1), ("student_opd", 0.571, 1.0, 36.0, 0.01),
     ):  # fmt: skip
-        active, total = (520_000, 520_000) if name == "student" else (1_210_000, 2_140_000)
+        active, total = (520_000, 520_000) if name.startswith("student") else (1_210_000, 2_140_000)
         overall = {
             "accuracy": accuracy, "ci_low": accuracy - 0.042, "ci_high": accuracy + 0.041, "think_share": think,
             "length": length, "length_thinking": length + 4, "accuracy_thinking": accuracy + 0.06,
             "mixed_share": mixed,
             "truncated_share": 0.01, "cons_at_k": accuracy + 0.07,
-            "mtp_acceptance": None if name == "student" else 0.71,
+            "mtp_acceptance": None if name.startswith("student") else 0.71,
             "n_problems": 300, "k": 8, "active_params": active, "total_params": total,
         }  # fmt: skip
         if name != "base":
             overall["gain"] = {"value": accuracy - 0.312, "low": accuracy - 0.35, "high": accuracy - 0.27}
+        if name in ("student", "student_rl", "student_opd"):
+            value = accuracy - 0.24
+            overall["gain_over_student_base"] = {"value": value, "low": value - 0.06, "high": value + 0.04}
         families = {
             family: {
                 "accuracy": min(1, accuracy * scale), "ci_low": accuracy * scale - 0.06,
@@ -99,7 +115,18 @@ def make_run(run_dir: Path, *, problem: str = "((3+4)*2-5)*3 mod 10 = ?") -> Pat
             for family, scale in (("chains", 1.2), ("expressions", 1.0), ("states", 0.9), ("nim", 0.6))
         }  # fmt: skip
         checkpoints[name] = {"overall": overall, "family": families}
-    _write(run_dir / "eval/results.json", {"checkpoints": checkpoints})
+    budget = {
+        name: [
+            {
+                "budget": b, "accuracy": top * (1 - 0.8 * math.exp(-b / 14)), "cut_share": math.exp(-b / 30),
+                "ci_low": top * (1 - 0.8 * math.exp(-b / 14)) - 0.04, "n_problems": 300, "truncated_share": 0.01,
+                "ci_high": top * (1 - 0.8 * math.exp(-b / 14)) + 0.04, "thinking_tokens": min(b, 33.1),
+            }
+            for b in (0, 8, 16, 32, 64, 128)
+        ]
+        for name, top in (("zero", 0.58), ("r1", 0.624))
+    }  # fmt: skip
+    _write(run_dir / "eval/results.json", {"checkpoints": checkpoints, "budget": budget})
     answers = {
         "base": {"thinking": None, "content": "1", "correct": False},
         "zero": {"thinking": "3+4=7\n所以 7*2=14, 4\n4-5=9\n9*3=27, 7", "content": "7", "correct": True},
@@ -160,7 +187,7 @@ def whole(tmp_path_factory) -> str:
 
 def test_every_chapter_curve_and_number_is_there(whole):
     page = Page(whole)
-    for chapter in ("results", "traces", "curves", "families", "cost", "recipe"):
+    for chapter in ("results", "arms", "budget", "traces", "curves", "families", "cost", "recipe"):
         assert f'id="{chapter}"' in whole
     for stage in ("pretrain", "zero", "cold_start", "reason", "reject", "align", "distil"):
         assert f'id="stage-{stage}"' in whole
@@ -172,6 +199,62 @@ def test_every_chapter_curve_and_number_is_there(whole):
     assert "31.2 %" in whole and "58.1 %" in whole and "+26.9" in whole and "27.0–35.3" in whole
     assert "never trained on" in whole and "✗ wrong" in whole and "✓ right" in whole
     assert page.tags.count("svg") > 40
+
+
+def test_reward_and_hidden_truth_stand_in_one_chart_from_where_they_begin(tmp_path):
+    """A stage without them has no such chart; the reward model has a part of its own, named as one."""
+    watched = [
+        {"step": step, "reward": 0.5, "accuracy": 0.5, "loss": 0.1}
+        | ({"preference_reward": 0.1 * step, "preference_truth": 0.3} if step >= 3 else {})
+        for step in range(6)
+    ]
+    _stage(tmp_path / "zero", [{"step": 0, "reward": 0.5, "accuracy": 0.5, "loss": 0.1}])
+    _stage(tmp_path / "align", watched)
+    _stage(
+        tmp_path / "align/reward_model",
+        [{"step": 0, "loss": 0.69, "pair_accuracy": 0.5, "held_out_helpfulness_accuracy": 0.75}],
+    )
+    page = text_of(write_report(tmp_path))
+    Page(page)
+    (chart,) = re.findall(r'<svg[^>]*aria-label="Reward model against hidden truth.*?</svg>', page)
+    hover = json.loads(html.unescape(re.search(r'data-hover="([^"]*)"', chart)[1]))
+    assert {one["n"]: [x for x, _ in one["p"]] for one in hover["s"]} == {"reward": [3, 4, 5], "truth": [3, 4, 5]}
+    assert page.count('aria-label="Pairs ordered rightly"') == 1
+    assert '<h3 id="stage-align-reward_model">Reward model</h3>' in page
+
+
+def section(page: str, name: str) -> str:
+    return page.split(f'<section id="{name}">')[1].split("</section>")[0]
+
+
+def test_the_students_arms_stand_side_by_side_with_the_seconds_they_had(whole):
+    arms = section(whole, "arms")
+    rows = [row for row in arms.split("<tr>")[1:] if "<td>" in row]
+    assert [re.findall(r"<td>(.*?)</td>", row)[0] for row in rows] == [
+        "student_base", "student", "student_rl", "student_opd",
+    ]  # fmt: skip
+    assert "40 s <small>of pretraining, for all" in rows[0] and "24.0 %" in rows[0]
+    assert "50 s <small>10 s traces, 40 s SFT" in rows[1] and "drawn by r1: 20k" in rows[1]
+    for row in rows[2:]:
+        assert "<td>50 s</td>" in row  # 20 steps of 3.5 s, of which 1 s was measuring
+    assert "35.3 %" in rows[2] and "+11.3" in rows[2] and "+5.3 to +15.3" in rows[2]
+
+
+def test_what_thinking_buys_is_a_curve_with_its_axes_named(whole):
+    budget = section(whole, "budget")
+    assert "thinking budget, tokens" in budget and ">pass@1</text>" in budget
+    assert budget.count('class="span"') == 2 * 6  # an interval a point
+    assert budget.count("<tr>") == 1 + 2 * 6
+
+
+def test_a_run_without_arms_and_budgets_shows_neither(tmp_path):
+    run_dir = make_run(tmp_path / "laptop")
+    results = json.loads((run_dir / "eval/results.json").read_text())
+    results = {"checkpoints": {k: v for k, v in results["checkpoints"].items() if not k.startswith("student_")}}
+    _write(run_dir / "eval/results.json", results)
+    text = text_of(write_report(run_dir))
+    Page(text)
+    assert 'id="arms"' not in text and 'id="budget"' not in text and "RL alone" not in text.split("<section")[0]
 
 
 def test_the_page_needs_nothing_from_outside(whole):

@@ -93,7 +93,8 @@ def test_tokens_after_a_flip_are_not_compared_and_the_flip_is_counted():
 
 
 def test_nothing_to_compare_is_no_error():
-    assert agreement(small_model(), []) == (0.0, 0.0, 0, 0, 0, 0)
+    assert agreement(small_model(), []) == (0.0, 0.0, 0, 0, 0, 0, 0.0, 0.0)
+    assert agreement(small_model(), [], replay=True) == (0.0, 0.0, 0, 0, 0, 0, 0.0, 0.0)
 
 
 def test_sharp_attention_does_not_part_engine_and_trainer():
@@ -107,3 +108,57 @@ def test_sharp_attention_does_not_part_engine_and_trainer():
     completions = engine.generate(random_prompts([20, 3, 9] * 4), SamplingParams(max_tokens=40))
     found = agreement(model, completions)
     assert found.n_compared > 400 and found.max < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_replay_every_token_agrees_in_fp32(kind):
+    model = small_model(kind)
+    completions = Engine(model, eos_ids=[], block_size=8).generate(random_prompts([20, 3, 9] * 3),
+                                                                   SamplingParams(max_tokens=20))
+    found = agreement(model, completions, replay=True, tokens_per_batch=100)
+    assert found.n_compared == found.n_tokens == 9 * 20
+    assert found.max < 1e-5
+
+
+def test_replay_follows_an_engine_that_chose_otherwise():
+    """The log-probs of an engine with its own mind about one token: gone with replay, plain to see without."""
+    model = small_model()
+    completions = Engine(model, eos_ids=[]).generate(random_prompts([5, 8]), SamplingParams(max_tokens=6))
+    experts = completions[0].experts.clone()
+    experts[6, 1] = torch.tensor([e for e in range(8) if e not in experts[6, 1].tolist()][:2], dtype=torch.uint8)
+    ids = torch.tensor([completions[0].prompt_ids + completions[0].ids])
+    with torch.no_grad():
+        logits = model.logits(model.hidden(ids[:, :-1], experts_BTMK=experts[None].long()))[0, 4:]
+    logps = logits.log_softmax(-1).gather(-1, ids[0, 5:, None])[:, 0].tolist()
+    completions[0] = replace(completions[0], experts=experts, logps=logps)
+    replayed, free = (agreement(model, completions, replay=replay) for replay in (True, False))
+    assert replayed.n_compared == 12 and replayed.max < 1e-5
+    assert free.n_compared < 12 and free.max < 1e-5  # up to the flip
+    assert replayed.free_max == free.free_max > 1e-3
+    assert replayed.n_flipped == free.n_flipped >= 1
+
+
+def test_in_bf16_choices_flip_and_replay_takes_their_part_out_of_the_gap():
+    model = small_model(dtype=torch.bfloat16, n_routed_experts=16, num_experts_per_tok=4)
+    prompts = random_prompts([20, 3, 9, 14] * 6)
+    completions = Engine(model, eos_ids=[]).generate(prompts, SamplingParams(max_tokens=40))
+    found = agreement(model, completions, replay=True)
+    assert found.n_flipped > 0 and found.n_compared == found.n_tokens
+    assert found.mean < 0.8 * found.free_mean and found.max < found.free_max
+
+
+def test_replay_without_experts_is_refused():
+    model = small_model()
+    completions = Engine(model, eos_ids=[], record_experts=False).generate(random_prompts([5]), PARAMS)
+    with pytest.raises(ValueError, match="record_experts=True"):
+        agreement(model, completions, replay=True)
+    dense = small_model("gqa_dense")
+    completions = Engine(dense, eos_ids=[]).generate(random_prompts([5]), PARAMS)
+    assert agreement(dense, completions, replay=True).n_compared == 8  # nothing to replay
+
+
+def test_ids_that_the_tokenizer_does_not_have_count_on_neither_side():
+    model = small_model()
+    completions = Engine(model, eos_ids=[], vocab_size=40).generate(random_prompts([5, 9]), PARAMS)
+    assert agreement(model, completions, vocab_size=40).max < 1e-5
+    assert agreement(model, completions).max > 0.05  # a third of the ids shared the probability

@@ -4,9 +4,11 @@ import torch
 from abyssal.engine.sampler import (
     derive_seed,
     inverse_cdf,
+    kept_ids,
     noise_key,
     probabilities,
     sample,
+    sampled_logps,
     sampling,
     thresholds,
     thresholds_ref,
@@ -149,3 +151,9 @@ def test_rows_with_different_params_do_not_disturb_each_other():
     assert drawn.logps_B.tolist() == [a.logps_B.item() for a in alone]
     greedy = logits_BV.argmax(-1)
     assert drawn.ids_B[1] == greedy[1] and drawn.ids_B[5] == greedy[5]
+
+
+def test_what_was_drawn_from_by_hand():
+    probs_BV = torch.tensor([[0.4, 0.0, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4]])
+    assert sampled_logps(probs_BV, torch.tensor([2, 3])).exp().tolist() == pytest.approx([0.2 / 0.6, 0.4])
+    assert [ids.tolist() for ids in kept_ids(probs_BV)] == [[0, 2], [0, 1, 2, 3]]

@@ -13,13 +13,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import abyssal
 from abyssal.checkpoint.save import load_checkpoint
@@ -28,6 +29,8 @@ from abyssal.data.held_out import is_held_out
 from abyssal.data.problems import problem_at
 from abyssal.stages.recipe import Recipe, read_recipe
 from abyssal.stages.run import CHECKPOINTS, FIRST_PROBLEM, STAGES
+from abyssal.stages.steps import seconds_allowed
+from abyssal.stages.way import open_run
 from abyssal.tokens.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.way
@@ -192,6 +195,18 @@ def test_a_second_run_finds_everything_done(walked: Walked):
     assert changed <= {"recipe.toml", ".lock"}
 
 
+def test_align_has_a_reward_model_and_watches_it(walked: Walked):
+    done = json.loads((walked.run / "align" / "done.json").read_text())
+    heads = json.loads((walked.run / "align" / "reward_model" / "done.json").read_text())["heads"]
+    assert done["reward_model"] == heads and set(heads) == {"helpfulness", "safety"}
+    for head, facts in heads.items():
+        assert f"{head} orders {100 * facts['accuracy']:.0f} % of {facts['pairs']} held-out pairs" in walked.output
+    (step,) = walked.lines("align/metrics.jsonl")
+    assert {"preference_reward", "preference_truth", "held_out_preference_truth"} <= set(step)
+    page = (walked.run / "report.html").read_text(encoding="utf-8")
+    assert "Reward model against hidden truth" in page and "Pairs ordered rightly" in page
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS.values())
 def test_every_checkpoint_loads_in_transformers_and_says_the_same(walked: Walked, name: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -199,7 +214,7 @@ def test_every_checkpoint_loads_in_transformers_and_says_the_same(walked: Walked
     stage = next(stage for stage, leaves in CHECKPOINTS.items() if leaves == name)
     path = walked.run / stage / "checkpoint"
     theirs, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    config = walked.recipe.student if name == "student" else walked.recipe.model
+    config = walked.recipe.student if name.startswith("student") else walked.recipe.model
     assert not info["missing_keys"] and not info["mismatched_keys"] and not info.get("error_msgs")
     mtp = f"model.layers.{config.num_hidden_layers}."
     assert all(key.startswith(mtp) for key in info["unexpected_keys"]), info["unexpected_keys"]
@@ -215,6 +230,57 @@ def test_every_checkpoint_loads_in_transformers_and_says_the_same(walked: Walked
 def test_the_students_active_size_is_smaller_and_its_shape_dense(walked: Walked):
     config = load_checkpoint(walked.run / "distil" / "checkpoint").config
     assert (config.attention, config.feed_forward) == ("gqa", "dense")
+
+
+def test_the_students_arms_start_from_one_base_and_end_apart(walked: Walked):
+    def weights(stage: str) -> bytes:
+        return (walked.run / stage / "checkpoint" / "model.safetensors").read_bytes()
+
+    stages = ("distil/base", "distil", "student_rl", "on_policy")
+    assert any(entry["zero_variance_share"] < 1 for entry in walked.lines("student_rl/metrics.jsonl"))
+    assert len({weights(stage) for stage in stages}) == 4
+    for stage in stages[1:]:
+        assert len(walked.lines(f"{stage}/metrics.jsonl")) >= 2
+    results = json.loads((walked.run / "eval" / "results.json").read_text())
+    for name in ("student", "student_rl", "student_opd"):
+        gain = results["checkpoints"][name]["overall"]["gain_over_student_base"]
+        assert gain["low"] <= gain["value"] <= gain["high"]
+    assert list(results["budget"]) == ["r1", "student_opd"]
+    assert [point["budget"] for point in results["budget"]["r1"]] == [0, 4]
+    page = (walked.run / "report.html").read_text(encoding="utf-8")
+    assert 'id="arms"' in page and 'id="budget"' in page
+
+
+def test_zero_seconds_are_as_many_as_distillation_took(walked: Walked):
+    """r1's writing of the traces and the SFT on them, without the pretraining that all arms share."""
+    run = open_run(replace(walked.recipe, run=replace(walked.recipe.run, out=str(walked.home / "out"))), Console())
+    took = sum(e["time_s"] for part in ("distil", "distil/traces") for e in walked.lines(f"{part}/metrics.jsonl"))
+    assert seconds_allowed(run, "student_rl", 0.0) == pytest.approx(took) and took > 0
+    assert seconds_allowed(run, "student_rl", 3.5) == 3.5
+    empty = replace(run, directory=walked.home / "nothing")
+    with pytest.raises(ValueError, match="on_policy.seconds=0 is as many as distil took, which is not done"):
+        seconds_allowed(empty, "on_policy", 0.0)
+
+
+def test_any_teachers_traces_are_enough_to_distil(walked: Walked, tmp_path: Path):
+    """No r1, no RL, no traces of our own: a tokenizer, the student's base and a file of conversations."""
+    users_own(tmp_path)
+    run = tmp_path / "out" / "micro"
+    run.mkdir(parents=True)
+    shutil.copytree(walked.run / "tokenize", run / "tokenize")
+    options = ("--distil.traces.problems", "0", "--distil.data", "own_sft.jsonl", "--distil.sft.row-len", "128")
+    finish(tmp_path, "distil", str(MICRO), *options)
+    done = json.loads((run / "distil" / "done.json").read_text())
+    assert (done["traces"], done["own"]) == (0, 8)
+    assert not (run / "distil" / "traces.jsonl").exists()
+    assert load_checkpoint(run / "distil" / "checkpoint").config.feed_forward == "dense"
+    # arms without steps are passed over, and leave nothing to be evaluated
+    said = finish(tmp_path, "student_rl", str(MICRO), *options, "--student-rl.steps", "0")
+    assert "student_rl] off in this recipe" in said and not (run / "student_rl").exists()
+    (tmp_path / "broken.jsonl").write_text('{"messages": [{"role": "teacher", "content": "hm"}]}\n')
+    refused = start(tmp_path, "distil", str(MICRO), *options[:2], "--distil.data", "broken.jsonl", "--run.name", "b")
+    said, _ = refused.communicate()
+    assert refused.returncode == 1 and "role 'teacher'; use one of system, user, assistant" in said
 
 
 def test_what_is_held_out_is_trained_on_nowhere(walked: Walked):
@@ -246,8 +312,10 @@ def asked_in(ids: list[int], tokenizer: Tokenizer) -> set[str]:
 
 def test_a_users_own_data_is_what_is_trained_on_and_measured(walked: Walked):
     kept_out = {f"say {i}" for i in range(N_HELD_OUT)}
-    samples = [walked.lines(f"{stage}/samples.jsonl") for stage in ("zero", "reason", "align")]
-    seen = {entry["problem"] for of_stage in samples for entry in of_stage}
+    trained = ("zero", "reason", "align", "student_rl", "on_policy")
+    samples = [walked.lines(f"{stage}/samples.jsonl") for stage in trained]
+    # the open requests of `align` are the generators' own, whatever the problems are
+    seen = {entry["problem"] for of_stage in samples for entry in of_stage if entry["family"] != "requests"}
     traced = {
         entry["messages"][0]["content"]
         for stage in ("cold_start", "reject", "distil")
@@ -271,6 +339,7 @@ def test_a_users_own_data_is_what_is_trained_on_and_measured(walked: Walked):
         (("--run.seed", "7"), "run.seed"),
         (("--rl-data.held-out", ""), r"\[rl_data\]"),
         (("--distil.sft.epochs", "9"), r"\[distil\]"),
+        (("--reward-model.lr", "0.5"), r"\[reward_model\]"),
     ],
 )
 def test_a_changed_recipe_is_refused_once_its_stage_has_begun(

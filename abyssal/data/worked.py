@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from abyssal.data.families.instance import joined
+from abyssal.data.families.requests import careless_answer, good_answer
 from abyssal.reward.instruction import follow
+from abyssal.reward.open_request import VERIFIER as REQUEST
 from abyssal.types import Conversation, Language, Message, Problem
 
 Words = Literal["en", "zh", "mixed"]
@@ -37,6 +39,8 @@ class WebMix:
     mixed_share: float = 0.25  # of those worked out: words change language between lines
     zh_words_share: float = 0.5  # of those not mixed: words in Chinese, whatever the question's language
     wrong_share: float = 0.0  # of those answered at once: a wrong answer, as if guessed
+    request_share: float = 0.0  # of all questions: open requests, for a reward model to judge in `align`
+    careless_share: float = 0.4  # of answers to open requests: with a fault, secrets told among them
 
     def __post_init__(self) -> None:
         for name, share in vars(self).items():
@@ -47,6 +51,9 @@ class WebMix:
 def web_document(problem: Problem, rng: random.Random, mix: WebMix) -> Conversation:
     """The problem and one answer somebody might have posted to it."""
     question = Message(role="user", content=problem.prompt)
+    if problem.verifier == REQUEST:
+        answered = careless_answer if rng.random() < mix.careless_share else good_answer
+        return [question, answered(problem, rng, thinks=rng.random() < mix.worked_share)]
     if problem.steps and rng.random() < mix.worked_share:
         brevity: Brevity = "brief" if rng.random() < mix.brief_share else "full"
         words: Words = "zh" if rng.random() < mix.zh_words_share else "en"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from abyssal.engine.blocks import BlockPool, blocks_for
 from abyssal.engine.runner import Runner
-from abyssal.engine.sampler import Sampling, derive_seed, sample, sampling
+from abyssal.engine.sampler import Sampling, derive_seed, kept_ids, sample, sampled_logps, sampling
 from abyssal.engine.scheduler import Scheduler
 from abyssal.engine.sequence import Rows, Sequence
 from abyssal.model.config import ModelConfig
@@ -40,7 +40,9 @@ class Engine:
     """`n_blocks` None: enough for max_batch sequences of full length, or what DEFAULT_CACHE_BYTES hold if that is less.
 
     Answers end at any of `eos_ids`. In FP32 the engine computes with the model's own weights; after changing them call
-    `load_weights`, in any dtype.
+    `load_weights`, in any dtype. Ids from `vocab_size` on are padding of the model's vocabulary: for the engine they do
+    not exist. `record_sampling` tells of each completion what it was drawn from, where that is not the model's own
+    distribution.
     """
 
     def __init__(
@@ -52,6 +54,8 @@ class Engine:
         block_size: int = 16,
         max_batch: int = 256,
         record_experts: bool = True,
+        record_sampling: bool = False,
+        vocab_size: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
         config = model.config
@@ -64,9 +68,13 @@ class Engine:
             n_blocks = _default_blocks(
                 config, model.dtype, block_size=block_size, wanted=max_batch * max_blocks, at_least=max_blocks
             )
+        self._vocab_size = config.vocab_size if vocab_size is None else min(vocab_size, config.vocab_size)
+        if self._vocab_size < 1:
+            raise ValueError(f"vocab_size={vocab_size} leaves no id to draw; give the tokenizer's")
+        self._record_sampling = record_sampling
         self._is_eos_V = np.zeros(config.vocab_size, dtype=bool)
         for eos_id in eos_ids:
-            _check_ids([eos_id], config.vocab_size, what="eos_ids")
+            _check_ids([eos_id], self._vocab_size, what="eos_ids")
             self._is_eos_V[eos_id] = True
         self._runner = Runner(model, n_blocks=n_blocks, block_size=block_size, record_experts=record_experts)
         self._rows = Rows(n_rows=max_batch, max_length=self.max_length, max_blocks=max_blocks)
@@ -142,7 +150,8 @@ class Engine:
         """Append one token to each of these rows."""
         rows, device = self._rows, logits_BV.device
         positions_B = rows.length_R[rows_B]
-        drawn = sample(logits_BV, torch.from_numpy(positions_B).to(device), self._sampling(rows_B, device))
+        how = self._sampling(rows_B, device)
+        drawn = sample(logits_BV[:, : self._vocab_size], torch.from_numpy(positions_B).to(device), how)
         ids_B, logps_B = drawn.ids_B.cpu().numpy(), drawn.logps_B.cpu().numpy()
         if not np.isfinite(logps_B).all():
             self._give_up()
@@ -150,12 +159,25 @@ class Engine:
         rows.ids_RT[rows_B, positions_B] = ids_B
         rows.logps_RT[rows_B, positions_B] = logps_B
         rows.length_R[rows_B] = positions_B + 1
+        if self._record_sampling and drawn.probs_BV is not None and (how.any_scaled or how.any_filter):
+            self._note_sampling(rows_B, drawn.probs_BV, drawn.ids_B, any_filter=how.any_filter)
         is_eos_B = self._is_eos_V[ids_B]
         is_done_B = is_eos_B | (positions_B + 1 >= rows.limit_R[rows_B])
         return [
             self._finish(rows.sequence_in(int(row)), "stop" if is_eos else "length")
             for row, is_eos in zip(rows_B[is_done_B], is_eos_B[is_done_B], strict=True)
         ]
+
+    def _note_sampling(self, rows_B: np.ndarray, probs_BV: Tensor, ids_B: Tensor, *, any_filter: bool) -> None:
+        """Write down what each id was drawn from, where that is not the model's own distribution."""
+        sequences = [self._rows.sequence_in(row) for row in rows_B.tolist()]
+        for sequence, logp in zip(sequences, sampled_logps(probs_BV, ids_B).tolist(), strict=True):
+            if not sequence.params.is_plain:
+                sequence.sampled_logps.append(logp)
+        if any_filter:
+            for sequence, ids in zip(sequences, kept_ids(probs_BV), strict=True):
+                if sequence.params.cuts:
+                    sequence.kept.append(ids)
 
     def _sampling(self, rows_B: np.ndarray, device: torch.device) -> Sampling:
         """How these rows draw. Kept while the whole batch runs on unchanged."""
@@ -189,6 +211,7 @@ class Engine:
                 logps=sequence.logps.tolist(),
                 finish_reason=reason,
                 experts=experts,
+                drawn_from=sequence.drawn_from() if self._record_sampling else None,
             ),
         )
 

@@ -38,8 +38,11 @@ class Sampling(NamedTuple):
 
 
 class Drawn(NamedTuple):
+    """`probs_BV` is what was drawn from, 0 where a filter cut; None when all rows were greedy."""
+
     ids_B: Tensor
     logps_B: Tensor
+    probs_BV: Tensor | None = None
 
 
 def sampling(
@@ -70,6 +73,7 @@ def sampling(
 def sample(logits_BV: Tensor, positions_B: Tensor, how: Sampling) -> Drawn:
     """One id a row for the given positions of their sequences."""
     logps_BV = logits_BV.log_softmax(-1)
+    probs_BV = None
     if how.all_greedy:
         ids_B = logits_BV.argmax(-1)
     else:
@@ -77,7 +81,19 @@ def sample(logits_BV: Tensor, positions_B: Tensor, how: Sampling) -> Drawn:
         ids_B = inverse_cdf(probs_BV, uniform(how.key_B, positions_B))
         if how.any_greedy:
             ids_B = torch.where(how.temperature_B == 0, logits_BV.argmax(-1), ids_B)
-    return Drawn(ids_B, logps_BV.gather(-1, ids_B[:, None])[:, 0])
+    return Drawn(ids_B, logps_BV.gather(-1, ids_B[:, None])[:, 0], probs_BV)
+
+
+def sampled_logps(probs_BV: Tensor, ids_B: Tensor) -> Tensor:
+    """Log-prob of each id under what it was drawn from."""
+    return (probs_BV.gather(-1, ids_B[:, None])[:, 0] / probs_BV.sum(-1)).log()
+
+
+def kept_ids(probs_BV: Tensor) -> list[Tensor]:
+    """Each row's ids that had a probability, int32 on the host."""
+    row_X, kept_X = (probs_BV > 0).nonzero(as_tuple=True)
+    counts_B = torch.bincount(row_X, minlength=len(probs_BV))
+    return list(kept_X.to(torch.int32).cpu().split(counts_B.tolist()))
 
 
 def probabilities(logits_BV: Tensor, how: Sampling) -> Tensor:

@@ -11,10 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from abyssal.engine.sampler import noise_key
-from abyssal.types import SamplingParams
+from abyssal.engine.sampler import COLDEST, noise_key
+from abyssal.types import DrawnFrom, SamplingParams
 
 
 @dataclass(eq=False)
@@ -44,6 +45,22 @@ class Sequence:
     row: int | None = None
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # drawn before the last preemption
     logps: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    sampled_logps: list[float] = field(default_factory=list)  # under what was drawn from, where an engine records it
+    kept: list[Tensor] = field(default_factory=list)  # ids that had a probability, one tensor a drawn id
+
+    def drawn_from(self) -> DrawnFrom | None:
+        """What a sequence that has left its row was drawn from, as recorded; None for the model's own distribution."""
+        params = self.params
+        if params.is_plain:
+            return None
+        if params.temperature == 0:
+            return DrawnFrom(temperature=0.0, logps=[0.0] * len(self.ids))
+        return DrawnFrom(
+            temperature=max(params.temperature, COLDEST),
+            logps=self.sampled_logps,
+            kept_ids=torch.cat(self.kept) if self.kept else None,
+            kept_counts=torch.tensor([len(ids) for ids in self.kept]) if self.kept else None,
+        )
 
 
 class Rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Literal, NamedTuple
 
@@ -21,12 +21,16 @@ MOST_POINTS = 400  # more than this cannot be told apart at the width of a chart
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line. `sparse` ones, measured now and then, are drawn with their points and not smoothed."""
+    """One line. `sparse` ones, measured now and then, are drawn with their points and not smoothed.
+
+    `spans` are (x, low, high): intervals, drawn as bars behind the points.
+    """
 
     name: str
     points: list[Point]
     colour: int = 0
     sparse: bool = False
+    spans: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,7 @@ def line_chart(
     *,
     title: str,
     x_label: str = "step",
+    y_label: str = "",
     fmt: Format = "plain",
     log: bool = False,
     width: int = 360,
@@ -63,9 +68,9 @@ def line_chart(
         return ""
     smooth = [one.points if one.sparse else _smoothed(one.points) for one in shown]
     many = len(shown) > 1
-    left, right, top, bottom = 46, width - 12, 48 if many else 32, height - 34
+    left, right, top, bottom = 62 if y_label else 46, width - 12, 48 if many else 32, height - 34
     xs = [x for one in shown for x, _ in one.points]
-    ys = [y for one in shown for _, y in one.points]
+    ys = [y for one in shown for _, y in one.points] + [y for one in shown for _, *span in one.spans for y in span]
     x_scale = linear_scale(min(xs), max(xs), left, right, n_ticks=4, whole=all(float(x).is_integer() for x in xs))
     low, high = (min(ys), max(ys)) if log else _roomy(min(ys), max(ys), fmt=fmt)
     y_scale = (log_scale if log else linear_scale)(low, high, bottom, top, n_ticks=5)
@@ -83,8 +88,15 @@ def line_chart(
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
         parts.append(_text(x, bottom + 16, tick_label(tick, x_scale.ticks), "tick", anchor="middle"))
     parts.append(_text((left + right) / 2, height - 4, x_label, "tick", anchor="middle"))
+    if y_label:
+        turned = _text(0, 0, y_label, "tick", anchor="middle")
+        parts.append(f'<g transform="translate(13 {(top + bottom) / 2:.1f}) rotate(-90)">{turned}</g>')
     for one, mean in zip(shown, smooth, strict=True):
         stroke = f'style="stroke:var(--s{one.colour % N_COLOURS})"'
+        for x, span_low, span_high in one.spans:
+            ends = f'y1="{y_scale.to_pixel(span_low):.1f}" y2="{y_scale.to_pixel(span_high):.1f}"'
+            x1 = x_scale.to_pixel(x)
+            parts.append(f'<line class="span" {stroke} x1="{x1:.1f}" x2="{x1:.1f}" {ends}/>')
         if mean is not one.points:
             parts.append(f'<polyline class="raw" {stroke} points="{_path(_thin(one.points), x_scale, y_scale)}"/>')
         parts.append(f'<polyline class="line" {stroke} points="{_path(_thin(mean), x_scale, y_scale)}"/>')
@@ -247,7 +259,7 @@ def _decimals(value: float, gap: float) -> str:
 
 def _usable(one: Series, *, log: bool) -> Series:
     points = [(x, y) for x, y in one.points if math.isfinite(y) and (y > 0 or not log)]
-    return Series(name=one.name, points=points, colour=one.colour, sparse=one.sparse)
+    return replace(one, points=points)
 
 
 def _smoothed(points: list[Point]) -> list[Point]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from abyssal.evals.charts import value_label
+from abyssal.evals.page_arms import arms_section, budget_section
 from abyssal.evals.page_curves import curves_section, stage_title, trace_card
 from abyssal.evals.page_look import SCRIPT, STYLE
 from abyssal.evals.page_needles import needles_section
@@ -57,6 +58,8 @@ def render(run: RunFiles) -> str:
     """The whole page as text."""
     sections = {
         "results": ("Results", results_section(run)),
+        "arms": ("The student’s arms", arms_section(run)),
+        "budget": ("Thinking budget", budget_section(run)),
         "traces": ("Side by side", _traces(run)),
         "curves": ("How it learned", curves_section(run.stages)),
         "needles": ("Long context", needles_section(run.needles)),
@@ -122,6 +125,13 @@ def _lead(run: RunFiles) -> Markup:
             share = value_label(student["active_params"] / max(1, r1["active_params"]), "percent")
             size = f", with {share} of its active parameters,"
         said.append(Markup("A dense student of r1{} reaches <b>{}</b>. ").format(size, percent(student)))
+        others = [
+            Markup("{} {}").format(how, percent(run.overall(name)))
+            for name, how in (("student_rl", "by RL alone"), ("student_opd", "by on-policy distillation"))
+            if has(run.overall(name), "accuracy")
+        ]
+        if others:
+            said.append(Markup("The same student reaches {}. ").format(Markup(" and ").join(others)))
     unfinished = [stage_title(stage.name) for stage in run.stages if stage.done is None]
     if unfinished:
         said.append(Markup("The run is under way or was stopped in: {}. ").format(", ".join(unfinished)))

@@ -64,11 +64,40 @@ LEARNING = (
         fmt="percent",
     ),
     Panel(
+        title="Reward model against hidden truth, deviations",
+        lines=(
+            ("preference_reward", "reward", False),
+            ("preference_truth", "truth", False),
+            ("held_out_preference_reward", "held-out reward", True),
+            ("held_out_preference_truth", "held-out truth", True),
+        ),
+    ),
+    Panel(
+        title="Open requests: the truth",
+        lines=(
+            ("held_out_helpful_share", "held-out helpful", True),
+            ("held_out_safe_share", "held-out safe", True),
+            ("preference_agreement", "reward agrees", False),
+        ),
+        fmt="percent",
+    ),
+    Panel(
+        title="Pairs ordered rightly",
+        lines=(
+            ("pair_accuracy", "training", False),
+            ("held_out_helpfulness_accuracy", "helpfulness", True),
+            ("held_out_safety_accuracy", "safety", True),
+        ),
+        fmt="percent",
+    ),
+    Panel(
         title="Groups without variance", lines=(("zero_variance_share", "nothing to learn from", False),), fmt="percent"
     ),
     Panel(title="Balance: max violation", lines=(("max_violation", "max violation", False),)),
     Panel(
-        title="MTP: second token accepted", lines=(("mtp_acceptance", "second token accepted", True),), fmt="percent"
+        title="MTP: second token accepted",
+        lines=(("mtp_acceptance", "held-out rows", True), ("held_out_mtp_acceptance", "held-out answers", True)),
+        fmt="percent",
     ),
     Panel(
         title="Engine against trainer, |Δ log-prob| (log)",
@@ -108,8 +137,21 @@ STAGE_TITLES = {
     "cold_start": ("Cold start", "Readable traces of zero, filtered, teach base its form. Leaves dev1."),
     "reason": ("Reasoning RL", "GRPO with the reward for staying in the language of the question. Leaves dev2."),
     "reject": ("Rejection sampling and SFT", "The best of dev2, with general data, from base again. Leaves dev3."),
-    "align": ("RL for all scenarios", "Rules wherever an instruction can be checked. Leaves r1."),
+    "align": (
+        "RL for all scenarios",
+        "Rules where an answer can be checked, in the last part a reward model for the rest. Leaves r1.",
+    ),
+    "align/reward_model": (
+        "Reward model",
+        "Which of two answers is better, for helpfulness and for safety: learned from pairs, tried on held-out ones.",
+    ),
     "distil": ("Distillation", "Traces of r1 teach a small dense model. Leaves student."),
+    "student_rl": ("The student by RL alone", "GRPO on the student's base, for as long as distillation took."),
+    "on_policy": (
+        "On-policy distillation",
+        "The student answers, and at each token learns what r1 would have said there: the loss is the reverse KL, in "
+        "nats a token. Leaves student_opd.",
+    ),
     "eval": ("Evaluation", "Every checkpoint on problems that no stage could see."),
 }
 
@@ -129,6 +171,8 @@ def curves_section(stages: list[StageFiles]) -> Markup:
 
 
 def stage_title(name: str) -> str:
+    if name in STAGE_TITLES:
+        return STAGE_TITLES[name][0]
     head, _, branch = name.partition("/")
     title = STAGE_TITLES.get(head, (head.replace("_", " ").capitalize(), ""))[0]
     return f"{title}: {branch.replace('_', ' ')}" if branch else title
@@ -164,7 +208,9 @@ def _stage_part(stage: StageFiles) -> Markup:
     head = stage.name.split("/")[0]
     parts = [
         Markup('<h3 id="stage-{}">{}</h3>').format(stage.name.replace("/", "-"), stage_title(stage.name)),
-        Markup('<p class="note" style="margin-bottom:4px">{}</p>').format(STAGE_TITLES.get(head, ("", ""))[1]),
+        Markup('<p class="note" style="margin-bottom:4px">{}</p>').format(
+            STAGE_TITLES.get(stage.name, STAGE_TITLES.get(head, ("", "")))[1]
+        ),
         Markup('<p class="stage-facts">{}</p>').format(_facts(stage)),
         Markup('<div class="charts">{}</div>').format(Markup("").join(learning)),
         _folded("Can it be trusted: entropy, KL, clipping, expert flips, the verifier", trust),

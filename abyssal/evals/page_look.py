@@ -58,6 +58,7 @@ svg .grid{stroke:var(--grid)}svg .axis{stroke:var(--dim);opacity:.55}
 svg .reference{stroke:var(--dim);stroke-dasharray:3 3;opacity:.7}svg .guide{stroke:var(--dim);opacity:.6}
 svg .line{fill:none;stroke-width:1.9;stroke-linejoin:round;stroke-linecap:round}
 svg .raw{fill:none;stroke-width:1;opacity:.28;stroke-linejoin:round}svg .interval{opacity:.3}
+figure.wide svg.chart{max-width:640px}svg .span{stroke-width:5;stroke-linecap:round;opacity:.28}
 .tip{position:fixed;z-index:9;pointer-events:none;background:var(--ink);color:var(--bg);border-radius:7px;
  padding:6px 10px;font-size:12px;line-height:1.5;font-variant-numeric:tabular-nums;white-space:nowrap;visibility:hidden}
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:10px;background:var(--panel);margin:18px 0}

@@ -36,8 +36,9 @@ def needles_section(found: dict[str, Any]) -> Markup:
         for name, by_length in accuracy.items()
     ]
     keys, documents = found.get("keys"), found.get("documents")
+    among = f" among {keys} such lines" if isinstance(keys, int) and keys > 1 else ""
     note = (
-        f"A line “The code of amber is 4821.” hidden in held-out text among {keys} such lines and asked for at the "
+        f"A line “The code of amber is 4821.” hidden in held-out text{among} and asked for at the "
         f"end; {documents} documents a cell, right only where every token of the answer is the likeliest. Dashed: the "
         f"length of the rows each model was trained on."
     )

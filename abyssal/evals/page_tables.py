@@ -16,7 +16,10 @@ from abyssal.evals.page_curves import stage_title
 from abyssal.evals.run_files import RunFiles, StageFiles
 from abyssal.record import human_time
 
-COLOURS = {"base": 5, "zero": 0, "dev1": 3, "dev2": 3, "dev3": 3, "r1": 2, "student": 1}
+COLOURS = {
+    "base": 5, "zero": 0, "dev1": 3, "dev2": 3, "dev3": 3, "r1": 2,
+    "student_base": 5, "student": 1, "student_rl": 0, "student_opd": 3,
+}  # fmt: skip
 NOTHING = "–"
 
 
@@ -40,7 +43,7 @@ def results_section(run: RunFiles) -> Markup:
     body = [[name, *(show(one) for _, show in columns)] for name, one in rows.items()]
     kept = [0, *(place for place in range(1, len(columns) + 1) if any(row[place] != NOTHING for row in body))]
     titles = ["", *(title for title, _ in columns)]
-    table = _table([titles[place] for place in kept], [[row[place] for place in kept] for row in body])
+    table = table_of([titles[place] for place in kept], [[row[place] for place in kept] for row in body])
     first = next(iter(rows.values()))
     k, n = first.get("k"), first.get("n_problems")
     drawn = f"{n:,} held-out problems, {k} sampled answers each. " if isinstance(k, int) and isinstance(n, int) else ""
@@ -76,7 +79,7 @@ def families_section(run: RunFiles) -> Markup:
     return Markup(
         '<section id="families"><h2>By family of problems</h2><p class="note">Accuracy of each checkpoint, with its '
         "interval. The darker, the better.</p>{}</section>"
-    ).format(_table(["", *names], rows))
+    ).format(table_of(["", *names], rows))
 
 
 def cost_section(stages: Sequence[StageFiles]) -> Markup:
@@ -103,7 +106,7 @@ def cost_section(stages: Sequence[StageFiles]) -> Markup:
     total = total_of(stages, "tokens")
     whole = value_label(total, "plain") if total else NOTHING
     steps = sum(len(stage.metrics) for stage in stages)
-    table = _table(
+    table = table_of(
         ["stage", "steps", "tokens", "time", ""], rows, total=["all", f"{steps:,}", whole, human_time(sum(times)), ""]
     )
     key = Markup("").join(
@@ -182,7 +185,7 @@ def _parameters(numbers: dict[str, Any]) -> str:
     return f"{value_label(numbers['active_params'], 'plain')} / {value_label(numbers['total_params'], 'plain')}"
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[Any]], *, total: Sequence[Any] = ()) -> Markup:
+def table_of(titles: Sequence[str], rows: Sequence[Sequence[Any]], *, total: Sequence[Any] = ()) -> Markup:
     """Cells that bring their own <td> keep it."""
     head = Markup("").join(Markup("<th>{}</th>").format(title) for title in titles)
     body = [Markup("<tr>{}</tr>").format(_cells(row)) for row in rows]

@@ -10,8 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STAGES = ("tokenize", "pretrain", "extend", "zero", "cold_start", "reason", "reject", "align", "distil", "eval")
-CHECKPOINTS = ("base", "zero", "dev1", "dev2", "dev3", "r1", "student")
+from abyssal.record import seconds_of_work
+
+STAGES = (
+    "tokenize", "pretrain", "extend", "zero", "cold_start", "reason", "reject", "align",
+    "distil", "student_rl", "on_policy", "eval",
+)  # fmt: skip
+CHECKPOINTS = ("base", "zero", "dev1", "dev2", "dev3", "r1", "student_base", "student", "student_rl", "student_opd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,10 @@ class StageFiles:
         points = self.series(key)
         return sum(value for _, value in points) if points else None
 
+    def worked_s(self) -> float:
+        """Seconds of its steps without the measuring inside them."""
+        return seconds_of_work(entry for entry in self.metrics if isinstance(entry.get("time_s"), int | float))
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
@@ -50,6 +59,7 @@ class RunFiles:
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
     traces: list[dict[str, Any]] = field(default_factory=list)
     needles: dict[str, Any] = field(default_factory=dict)  # extend/needle.json
+    budget: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # checkpoint -> points of its curve
 
     def overall(self, checkpoint: str) -> dict[str, Any]:
         return _dict(self.checkpoints.get(checkpoint, {}).get("overall"))
@@ -74,7 +84,8 @@ def read_run(run_dir: Path) -> RunFiles:
         stages=[_stage(run_dir / name, name) for name in in_order(names, STAGES)],
         checkpoints={name: checkpoints[name] for name in in_order(checkpoints, CHECKPOINTS)},
         needles=_dict(_json(run_dir / "extend" / "needle.json")),
-        traces=[trace for trace in traces if isinstance(trace, dict)] if isinstance(traces, list) else [],
+        traces=_dicts(traces),
+        budget={str(name): _dicts(points) for name, points in _dict(results.get("budget")).items()},
     )
 
 
@@ -120,3 +131,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []

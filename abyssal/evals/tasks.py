@@ -16,6 +16,7 @@ from abyssal.engine.engine import Engine
 from abyssal.evals.grade import Grade, error_reasons, grade, summary
 from abyssal.evals.held_out_rows import held_out_metrics
 from abyssal.evals.passk import bootstrap_mean, cons_at_k
+from abyssal.evals.run_files import CHECKPOINTS
 from abyssal.model.transformer import Transformer, count_parameters
 from abyssal.reward.verifiers import Verifiers
 from abyssal.rollout import agreement, sample_answers
@@ -32,9 +33,22 @@ class EvalConfig:
     max_tokens: int = 128
     traces: int = 6  # problems shown side by side in the report
     never_trained_problems: int = 60  # of the family kept out of training
+    budgets: tuple[int, ...] = ()  # tokens of thinking after which </think> is forced; none: not measured
+    budget_checkpoints: tuple[str, ...] = ("r1",)  # those whose thinking is cut
+    budget_answers: int = 2  # k under a budget
 
     def __post_init__(self) -> None:
         SamplingParams(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens)  # checks
+        if self.budget_answers < 1:
+            raise ValueError(f"budget_answers={self.budget_answers} must be at least 1")
+        if unknown := [name for name in self.budget_checkpoints if name not in CHECKPOINTS]:
+            raise ValueError(f"budget_checkpoints: no {unknown[0]!r}; choose among {', '.join(CHECKPOINTS)}")
+        for budget in self.budgets:
+            if not 0 <= budget <= self.max_tokens - 3:  # <think>, </think> and at least one token of answer
+                raise ValueError(
+                    f"budgets: {budget} tokens of thinking leave no room for an answer in max_tokens="
+                    f"{self.max_tokens}; give 0 to {self.max_tokens - 3}"
+                )
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,7 @@ def evaluate(
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Result:
     """K answers to each problem through the engine; all checkpoints meet the same problems with the same noise."""
-    engine = Engine(model, eos_ids=[tokenizer.eos_id], max_batch=256)
+    engine = Engine(model, eos_ids=[tokenizer.eos_id], max_batch=256, vocab_size=tokenizer.vocab_size)
     params = SamplingParams(temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens)
     batch = max(1, 512 // config.answers)
     rollouts: list[Rollout] = []
@@ -75,7 +89,7 @@ def evaluate(
     grades = grade(rollouts, verifiers, tokenizer)
     k = config.answers
     total, active = count_parameters(model)
-    gap = agreement(model, [r.completion for r in rollouts[:64]])
+    gap = agreement(model, [r.completion for r in rollouts[:64]], vocab_size=tokenizer.vocab_size)
     per_problem = [mean_accuracy(grades[i : i + k]) for i in range(0, len(grades), k)]
     overall = (
         numbers(rollouts, grades, k=k)

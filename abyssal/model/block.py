@@ -1,6 +1,6 @@
 """One pre-norm residual block: attention, then feed-forward.
 
-Letters: B batch, T tokens, D width.
+Letters: B batch, T tokens, D width, N tokens of the whole batch, K chosen experts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ class Block(nn.Module):
             MoE(config, layer) if config.is_moe(layer) else DenseFFN(config.hidden_size, config.intermediate_size)
         )
 
-    def forward(self, x_BTD: Tensor, context: AttentionContext, routings: list[Routing] | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        context: AttentionContext,
+        routings: list[Routing] | None,
+        replay_NK: Tensor | None = None,
+    ) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
         y_BTD = self.post_attention_layernorm(x_BTD)
-        return x_BTD + (self.mlp(y_BTD, routings) if isinstance(self.mlp, MoE) else self.mlp(y_BTD))
+        return x_BTD + (self.mlp(y_BTD, routings, replay_NK) if isinstance(self.mlp, MoE) else self.mlp(y_BTD))

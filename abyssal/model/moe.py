@@ -54,11 +54,15 @@ class Gate(nn.Module):
         if config.topk_method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
-    def forward(self, x_ND: Tensor) -> Routing:
+    def forward(self, x_ND: Tensor, replay_NK: Tensor | None = None) -> Routing:
+        """`replay_NK`: experts chosen elsewhere, taken as they are; a row of -1 chooses here. The weights are always
+        this gate's own, so it learns about the experts that were really used. (router replay, DeepSeek-V3.2)"""
         config = self.config
         logits_NE = F.linear(x_ND.float(), self.weight.float())
         scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
         experts_NK = self.choose(scores_NE.detach())
+        if replay_NK is not None:
+            experts_NK = torch.where(replay_NK >= 0, replay_NK, experts_NK)
         weights_NK = scores_NE.gather(-1, experts_NK)  # unbiased: the bias never scales an output
         if config.norm_topk_prob:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
@@ -142,10 +146,10 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             self.shared_experts = DenseFFN(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
 
-    def forward(self, x_BTD: Tensor, routings: list[Routing] | None) -> Tensor:
-        """`routings`, when given, receives what this layer chose."""
+    def forward(self, x_BTD: Tensor, routings: list[Routing] | None, replay_NK: Tensor | None = None) -> Tensor:
+        """`routings`, when given, receives what this layer used; `replay_NK` are the experts to use, see Gate."""
         x_ND = x_BTD.flatten(0, 1)
-        routing = self.gate(x_ND)
+        routing = self.gate(x_ND, replay_NK)
         if routings is not None:
             routings.append(routing)
         out_BTD = self.experts(x_ND, routing).view_as(x_BTD)

@@ -2,7 +2,7 @@
 
 Module names are the official tensor names without the leading "model.", experts stacked. Weights are FP32 masters; each
 layer casts them to `dtype`, the compute type, where it uses them.
-Letters: B batch, T tokens, D width, V vocabulary.
+Letters: B batch, T tokens, D width, V vocabulary, M MoE layers, K chosen experts, N tokens of the whole batch.
 """
 
 from __future__ import annotations
@@ -83,13 +83,27 @@ class Transformer(nn.Module):
         segments_BT: Tensor | None = None,
         cache: CacheView | None = None,
         routings: list[Routing] | None = None,
+        experts_BTMK: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) -> (B, T, D) after the final norm. `routings` receives one entry per MoE layer."""
+        """(B, T) -> (B, T, D) after the final norm. `routings` receives one entry per MoE layer.
+
+        `experts_BTMK` are int64 experts to use instead of choosing, a row of -1 where a layer chooses itself.
+        """
         context = self.context(ids_BT, positions_BT=positions_BT, segments_BT=segments_BT, cache=cache)
         x_BTD = self.embed(ids_BT)
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, context, routings)
+        replays = self._replays(experts_BTMK)
+        for layer, replay_NK in zip(self.layers, replays, strict=True):
+            x_BTD = layer(x_BTD, context, routings, replay_NK)
         return self.norm(x_BTD)
+
+    def _replays(self, experts_BTMK: Tensor | None) -> list[Tensor | None]:
+        """What each layer has to use: (N, K), or None where there is nothing to replay."""
+        moe_layers = [i for i in range(len(self.layers)) if self.config.is_moe(i)]
+        replays: list[Tensor | None] = [None] * len(self.layers)
+        if experts_BTMK is not None:
+            for i, replay_NK in zip(moe_layers, experts_BTMK.flatten(0, 1).unbind(1), strict=True):
+                replays[i] = replay_NK
+        return replays
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) in FP32."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from abyssal.reward.instruction import instruction_followed
 from abyssal.reward.math_answer import MathVerifier, checked, same_text
+from abyssal.reward.open_request import request_met
 from abyssal.types import Message, Problem, Score
 
 GYM = "reasoning_gym:"
@@ -19,8 +20,8 @@ class Verifiers:
     """The accuracy reward: `verifiers.accuracy(problem, message)`. Close it, or use it in a `with`, to end its worker.
 
     A verifier is "exact" (equal as text), "answer" (equal as text or as mathematics), "instruction" (a rule and the
-    answer inside), "reasoning_gym:<task>", or "module:function" of the user's own, which runs in this process and
-    without a time limit.
+    answer inside), "request" (an open one), "reasoning_gym:<task>", or "module:function" of the user's own, which runs
+    in this process and without a time limit.
     """
 
     def __init__(self, *, time_limit_s: float = 5.0):
@@ -37,6 +38,8 @@ class Verifiers:
                 return self._math.compare(problem.answer, message.content)
             case "instruction":
                 return instruction_followed(problem, message)
+            case "request":
+                return request_met(problem, message)
             case _ if name.startswith(GYM):
                 return self._score_gym(problem, message)
             case _:
@@ -44,7 +47,7 @@ class Verifiers:
 
     def check(self, name: str) -> None:
         """Raise ValueError with the remedy if a verifier cannot work, so that a stage says so before its first step."""
-        if name not in ("exact", "answer", "instruction") and not name.startswith(GYM):
+        if name not in ("exact", "answer", "instruction", "request") and not name.startswith(GYM):
             self._load(name)
 
     @property
@@ -81,7 +84,9 @@ class Verifiers:
             return self._loaded[name]
         module_name, colon, function_name = name.partition(":")
         if not (module_name and colon and function_name):
-            raise ValueError(f"no verifier {name!r}; choose exact, answer, instruction, {GYM}<task> or module:function")
+            raise ValueError(
+                f"no verifier {name!r}; choose exact, answer, instruction, request, {GYM}<task> or module:function"
+            )
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:

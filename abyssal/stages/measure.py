@@ -1,4 +1,5 @@
-"""Stage `eval`: every checkpoint on the same held-out problems, and on a family no stage ever trained on."""
+"""Stage `eval`: every checkpoint on the same held-out problems, on a family no stage ever trained on, and with its
+thinking cut."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from abyssal.data.problems import NEVER_TRAINED, ProblemSource, problem_at
+from abyssal.evals.budget import budget_curve
 from abyssal.evals.passk import bootstrap_difference
 from abyssal.evals.tasks import EvalConfig, Result, evaluate
 from abyssal.model.transformer import Transformer
@@ -43,6 +45,8 @@ def measure(
     traces: list[dict[str, Any]] = (
         json.loads(traces_path.read_text()) if traces_path.is_file() else blank_traces(problems, config)
     )
+    cut_short = [name for name in config.budget_checkpoints if config.budgets and name in names]
+    n_steps = len(names) + len(cut_short)
     for k, name in enumerate(names):
         if name not in results["checkpoints"]:
             model = load(name)
@@ -57,12 +61,21 @@ def measure(
                 "per_problem": plain_all(result.per_problem),
             }
             add_traces(traces, name, result)
-            add_gains(results["checkpoints"])
+            add_gains(results["checkpoints"], over="base", key="gain")
+            add_gains(results["checkpoints"], over="student_base", key="gain_over_student_base")
             write_json(traces_path, traces)
             write_json(partial_path, results)
         recorder.step(
-            k, len(names), {"checkpoint": name, "accuracy": results["checkpoints"][name]["overall"]["accuracy"]}
+            k, n_steps, {"checkpoint": name, "accuracy": results["checkpoints"][name]["overall"]["accuracy"]}
         )
+    for k, name in enumerate(cut_short, start=len(names)):
+        curves = results.setdefault("budget", {})
+        if name not in curves:
+            curves[name] = budget_curve(
+                load(name), tokenizer, problems, config=config, verifiers=verifiers, seed=seed
+            )
+            write_json(partial_path, results)
+        recorder.step(k, n_steps, {"checkpoint": name, "budgets": config.budgets})
     return results
 
 
@@ -88,10 +101,12 @@ def add_traces(traces: list[dict[str, Any]], name: str, result: Result) -> None:
         }
 
 
-def add_gains(checkpoints: dict[str, Any]) -> None:
-    """Each checkpoint against the base on the same problems, with a paired interval."""
-    base = checkpoints.get("base")
-    for entry in checkpoints.values():
+def add_gains(checkpoints: dict[str, Any], *, over: str, key: str) -> None:
+    """Each checkpoint (of the student, over its base) against another on the same problems, with a paired interval."""
+    base = checkpoints.get(over)
+    for name, entry in checkpoints.items():
+        if over == "student_base" and not name.startswith("student"):
+            continue
         if base is None or entry is base:
             continue
         pairs = [
@@ -100,7 +115,7 @@ def add_gains(checkpoints: dict[str, Any]) -> None:
             if a is not None and b is not None
         ]
         gain = bootstrap_difference([a for a, _ in pairs], [b for _, b in pairs])
-        entry["overall"]["gain"] = {"value": gain.value, "low": gain.low, "high": gain.high}
+        entry["overall"][key] = {"value": gain.value, "low": gain.low, "high": gain.high}
 
 
 def write_json(path: Path, content: Any) -> None:

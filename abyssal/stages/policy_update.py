@@ -1,12 +1,16 @@
 """One GRPO update: graded answers -> packed rows -> a clipped step. Owns no sampling and no reward.
 
-Letters: P problems, G answers per problem, A answers (P x G), B rows, T tokens, N answer tokens of some rows.
+The trainer's forward takes the experts that the engine chose when it drew the tokens (router replay): both then compute
+the same function, and the ratio starts at 1 in any precision. The reference routes for itself: it is a policy of its
+own, and experts that the policy has since learnt to choose would make it another one.
+Letters: P problems, G answers per problem, A answers (P x G), B rows, T tokens, N answer tokens of some rows, V
+vocabulary, M MoE layers, K chosen experts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,13 +24,19 @@ from abyssal.model.moe import Routing
 from abyssal.model.transformer import Transformer
 from abyssal.optim.clip import clip_gradients
 from abyssal.stages.objective import Batch, loads_of, mtp_loss
+from abyssal.stages.sampled_policy import Kept, pack_experts, pack_kept, sampled_logits, temperature_of
 from abyssal.stages.state import TrainState, apply_step
 from abyssal.types import Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
 class GrpoConfig:
-    """The objective. R1 clips at 10 either way; DAPO raises `clip_high` alone; Dr. GRPO divides by no deviation."""
+    """The objective. R1 clips at 10 either way; DAPO raises `clip_high` alone; Dr. GRPO divides by no deviation.
+
+    `importance_cap`: the ratio is to the trainer's own log-probs before the step, and each token's objective is weighed
+    by how likelier the trainer finds it than the engine did, at most so many times (2 is usual).
+    `unbiased_kl` and `off_policy_mask` (in nats a token) are DeepSeek-V3.2's; see loss/grpo.py.
+    """
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -35,45 +45,85 @@ class GrpoConfig:
     mean: Literal["answer", "token"] = "answer"
     minibatches: int = 1  # optimizer steps per batch of rollouts
     clip_gradient: float = 1.0
+    router_replay: bool = True  # compute with the experts that the engine chose
+    importance_cap: float = 0.0  # 0: off
+    unbiased_kl: bool = False
+    off_policy_mask: float = 0.0  # 0: off
     mtp_weight: float = 0.1  # keeps the MTP module in step with the policy; its gradient stops at the module
+
+    def __post_init__(self) -> None:
+        if self.importance_cap != 0 and not self.importance_cap >= 1:
+            raise ValueError(
+                f"importance_cap={self.importance_cap} would shrink tokens on which trainer and engine agree; "
+                f"use 0 (off) or at least 1"
+            )
+        if not self.off_policy_mask >= 0:
+            raise ValueError(f"off_policy_mask={self.off_policy_mask} is a distance in nats; use 0 (off) or above")
+        if self.unbiased_kl and self.kl_weight == 0:
+            raise ValueError("unbiased_kl=true has no KL to correct, since kl_weight=0; set one of them")
 
 
 @dataclass(frozen=True)
 class AnswerBatch:
-    """Answers packed in rows. Tensors (B, T) hold, at each answer token, its value for that token."""
+    """Answers packed in rows. Tensors (B, T) hold, at each answer token, its value for that token.
+
+    `drawn_logp_BT` are the engine's log-probs under the distribution it drew from: at `temperature`, over the `kept`
+    ids of the first `vocab_size`. `experts_BTMK` int16 are those it chose at each token it computed, -1 elsewhere.
+    """
 
     batch: Batch  # mask_BT is True on answer tokens
-    old_logp_BT: Tensor
+    drawn_logp_BT: Tensor
     advantage_BT: Tensor
     answer_BT: Tensor
     n_answers: int
+    experts_BTMK: Tensor | None = None
+    temperature: float = 1.0
+    kept: Kept | None = None
+    vocab_size: int | None = None
 
 
 def answer_batch(
-    rollouts: list[Rollout], advantages: list[float], *, row_len: int, pad_id: int, device: torch.device
+    rollouts: list[Rollout],
+    advantages: list[float],
+    *,
+    row_len: int,
+    pad_id: int,
+    device: torch.device,
+    vocab_size: int | None = None,
 ) -> AnswerBatch:
     """Pack each prompt and its answer so that rows share nothing but their length: `row_len`, or the longest's."""
+    completions = [r.completion for r in rollouts]
     examples = [
         Example(
-            [*r.completion.prompt_ids, *r.completion.ids],
-            [0] * len(r.completion.prompt_ids) + [1] * len(r.completion.ids),
+            [*c.prompt_ids, *c.ids],
+            [0] * len(c.prompt_ids) + [1] * len(c.ids),
         )
-        for r in rollouts
+        for c in completions
     ]
     longest = max(len(example.ids) for example in examples)
     packed = pack_isolated(examples, row_len=max(row_len, longest), pad_id=pad_id)
-    old_logp, advantage = (np.zeros(packed.ids_BT.shape, dtype=np.float32) for _ in range(2))
-    answer = np.zeros(packed.ids_BT.shape, dtype=np.int64)
-    for i, (rollout, (row, start)) in enumerate(zip(rollouts, packed.places, strict=True)):
-        begin = start + len(rollout.completion.prompt_ids)
-        span = slice(begin, begin + len(rollout.completion.ids))
-        old_logp[row, span], advantage[row, span], answer[row, span] = rollout.completion.logps, advantages[i], i
+    n_rows, width = packed.ids_BT.shape
+    drawn_logp, advantage = (np.zeros((n_rows, width), dtype=np.float32) for _ in range(2))
+    answer = np.zeros((n_rows, width), dtype=np.int64)
+    spans: list[tuple[int, slice]] = []
+    for i, (c, (row, start)) in enumerate(zip(completions, packed.places, strict=True)):
+        begin = start + len(c.prompt_ids)
+        span = slice(begin, begin + len(c.ids))
+        drawn_logp[row, span] = c.logps if c.drawn_from is None else c.drawn_from.logps
+        advantage[row, span], answer[row, span] = advantages[i], i
+        spans.append((row, span))
+    experts_BTMK = pack_experts(completions, packed.places, (n_rows, width))
+    kept = pack_kept(completions, spans, (n_rows, width))
     return AnswerBatch(
         batch=Batch(packed.ids_BT, packed.mask_BT, packed.segment_BT, packed.position_BT).to(device),
-        old_logp_BT=torch.from_numpy(old_logp).to(device),
+        drawn_logp_BT=torch.from_numpy(drawn_logp).to(device),
         advantage_BT=torch.from_numpy(advantage).to(device),
         answer_BT=torch.from_numpy(answer).to(device),
         n_answers=len(rollouts),
+        experts_BTMK=None if experts_BTMK is None else experts_BTMK.to(device),
+        temperature=temperature_of(completions),
+        kept=None if kept is None else Kept(*(tensor.to(device) for tensor in kept)),
+        vocab_size=vocab_size,
     )
 
 
@@ -88,17 +138,33 @@ def update_policy(
     shuffle: torch.Generator,
 ) -> dict[str, float]:
     """One optimizer step per minibatch of rows; means of its metrics."""
+    if config.router_replay and answers.experts_BTMK is None and has_router(state.model):
+        raise ValueError(
+            "router_replay=true, but the answers carry no experts; build the engine with record_experts=True, or set "
+            "router_replay=false"
+        )
     order = torch.randperm(len(answers.batch.ids_BT), generator=shuffle)
     totals: dict[str, float] = {}
     loads: list[list[Tensor]] = []  # of each piece, one (E,) a layer
     chunks = [chunk for chunk in order.chunk(config.minibatches) if len(chunk)]
+    old_logp_BT = None
+    if config.importance_cap > 0 and len(chunks) > 1:  # with one step, what it computes is what was before it
+        pieces = [piece for rows in chunks for piece in rows.split(rows_per_pass)]
+        old_logp_BT = _logp_before(state.model, answers, pieces, replay=config.router_replay)
     for rows in chunks:
         in_chunk = answers.batch.mask_BT[rows]
         n_answers = len(answers.answer_BT[rows][in_chunk].unique())
         n_tokens = int(in_chunk.sum())
         for piece in rows.split(rows_per_pass):
             metrics, piece_loads = _backward(
-                state.model, answers, piece, reference=reference, config=config, n_answers=n_answers, n_tokens=n_tokens
+                state.model,
+                answers,
+                piece,
+                old_logp_BT=old_logp_BT,
+                reference=reference,
+                config=config,
+                n_answers=n_answers,
+                n_tokens=n_tokens,
             )
             loads.append(piece_loads)
             for name, value in metrics.items():
@@ -115,6 +181,10 @@ def update_policy(
     return totals
 
 
+def has_router(model: Transformer) -> bool:
+    return any(model.config.is_moe(layer) for layer in range(model.config.num_hidden_layers))
+
+
 def apart(model: Transformer) -> tuple[list[Tensor], list[Tensor]]:
     """The policy's parameters, and those of MTP modules with a gradient: its size must not shrink the policy's step."""
     policy: list[Tensor] = [p for name, p in model.named_parameters() if not name.startswith("mtp.")]
@@ -126,6 +196,7 @@ def _backward(
     answers: AnswerBatch,
     rows: Tensor,
     *,
+    old_logp_BT: Tensor | None,
     reference: Transformer | None,
     config: GrpoConfig,
     n_answers: int,
@@ -135,17 +206,18 @@ def _backward(
     piece = answers.batch.rows(rows)
     target_BT = piece.mask_BT
     routings: list[Routing] = []
-    hidden_BTD = model.hidden(
-        piece.ids_BT, positions_BT=piece.positions_BT, segments_BT=piece.segments_BT, routings=routings
-    )
-    places_N = target_BT.flatten().nonzero()[:, 0] - 1  # the place before predicts; an answer never opens a row
-    ids_N = piece.ids_BT[target_BT]
-    logits_NV = model.logits(hidden_BTD.flatten(0, 1).index_select(0, places_N))
-    logp_N = token_logprobs(logits_NV, ids_N)
+    hidden_BTD, logits_NV, logp_N = _forward(model, answers, rows, replay=config.router_replay, routings=routings)
+    drawn_logp_N = old_logp_N = answers.drawn_logp_BT[rows][target_BT]
+    if config.importance_cap > 0:
+        old_logp_N = logp_N.detach() if old_logp_BT is None else old_logp_BT[rows][target_BT]
+    ref_logp_N = None
+    if reference is not None:
+        with torch.no_grad():
+            ref_logp_N = _forward(reference, answers, rows, replay=False).logp_N
     loss = grpo_loss(
         logp_N,
-        old_logp_N=answers.old_logp_BT[rows][target_BT],
-        ref_logp_N=None if reference is None else _reference_logp(reference, piece, places_N, ids_N),
+        old_logp_N=old_logp_N,
+        ref_logp_N=ref_logp_N,
         advantages_N=answers.advantage_BT[rows][target_BT],
         answer_N=answers.answer_BT[rows][target_BT],
         n_answers=n_answers,
@@ -155,15 +227,23 @@ def _backward(
         clip_high=config.clip_high,
         kl_weight=config.kl_weight,
         mean=config.mean,
+        drawn_logp_N=drawn_logp_N,
+        importance_cap=config.importance_cap,
+        unbiased=config.unbiased_kl,
+        off_policy_mask=config.off_policy_mask,
     )
     loss.loss.backward()
-    share = len(ids_N) / n_tokens
+    share = len(logp_N) / n_tokens
     metrics = {
         "loss": float(loss.loss.detach()),
         "clip_share": float(loss.clip_share) * share,
         "kl": float(loss.kl) * share,
         "entropy": float(entropy(logits_NV.detach()).mean()) * share,
     }
+    if config.importance_cap > 0:
+        metrics["importance_cut_share"] = float(loss.importance_cut_share) * share
+    if config.off_policy_mask > 0:
+        metrics["off_policy_share"] = float(loss.n_off_policy) / n_answers
     if config.mtp_weight > 0 and len(model.mtp):
         # only the module learns: the policy must move by its reward alone, yet drafts must follow it
         mtp = mtp_loss(model, hidden_BTD.detach(), piece, None)
@@ -172,7 +252,43 @@ def _backward(
     return metrics, loads_of(model, routings, piece)
 
 
+class _Forward(NamedTuple):
+    """`logits_NV` are the model's own; `logp_N` those of the answer tokens under the policy that was drawn from."""
+
+    hidden_BTD: Tensor
+    logits_NV: Tensor
+    logp_N: Tensor
+
+
+def _forward(
+    model: Transformer, answers: AnswerBatch, rows: Tensor, *, replay: bool, routings: list[Routing] | None = None
+) -> _Forward:
+    """What the model says about the answer tokens of some rows, on the engine's experts or on its own."""
+    piece = answers.batch.rows(rows)
+    target_BT = piece.mask_BT
+    experts_BTMK = answers.experts_BTMK[rows].long() if replay and answers.experts_BTMK is not None else None
+    hidden_BTD = model.hidden(
+        piece.ids_BT,
+        positions_BT=piece.positions_BT,
+        segments_BT=piece.segments_BT,
+        routings=routings,
+        experts_BTMK=experts_BTMK,
+    )
+    places_N = target_BT.flatten().nonzero()[:, 0] - 1  # the place before predicts; an answer never opens a row
+    logits_NV = model.logits(hidden_BTD.flatten(0, 1).index_select(0, places_N))
+    if answers.vocab_size is not None and answers.vocab_size < logits_NV.shape[1]:
+        logits_NV = logits_NV[:, : answers.vocab_size]
+    kept_NV = None if answers.kept is None else answers.kept.mask(rows, target_BT, logits_NV.shape[1])
+    policy_NV = sampled_logits(logits_NV, temperature=answers.temperature, kept_NV=kept_NV)
+    return _Forward(hidden_BTD, logits_NV, token_logprobs(policy_NV, piece.ids_BT[target_BT]))
+
+
 @torch.no_grad()
-def _reference_logp(reference: Transformer, piece: Batch, places_N: Tensor, ids_N: Tensor) -> Tensor:
-    hidden_BTD = reference.hidden(piece.ids_BT, positions_BT=piece.positions_BT, segments_BT=piece.segments_BT)
-    return token_logprobs(reference.logits(hidden_BTD.flatten(0, 1).index_select(0, places_N)), ids_N)
+def _logp_before(model: Transformer, answers: AnswerBatch, pieces: list[Tensor], *, replay: bool) -> Tensor:
+    """The trainer's own log-prob of each answer token before the first step, (B, T)."""
+    logp_BT = torch.zeros_like(answers.drawn_logp_BT)
+    for rows in pieces:
+        piece_BT = torch.zeros_like(logp_BT[rows])
+        piece_BT[answers.batch.mask_BT[rows]] = _forward(model, answers, rows, replay=replay).logp_N
+        logp_BT[rows] = piece_BT
+    return logp_BT

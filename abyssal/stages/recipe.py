@@ -16,7 +16,9 @@ from typing import Any, Literal
 from abyssal.evals.tasks import EvalConfig
 from abyssal.model.config import ModelConfig
 from abyssal.stages.extend import ExtendConfig
+from abyssal.stages.on_policy import OnPolicyConfig
 from abyssal.stages.pretrain import PretrainConfig
+from abyssal.stages.reward_model import RewardModelConfig
 from abyssal.stages.rl import RlConfig
 from abyssal.stages.sft import SftConfig
 from abyssal.stages.tokenize import DataConfig, TokenizerConfig
@@ -40,7 +42,12 @@ class TracedSftConfig:
     traces: TracesConfig = field(default_factory=TracesConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     general: int = 0  # conversations of general data beside the traces (`reject`: instructions with right answers)
-    data: str = ""  # a JSONL of `messages` that is trained on too
+    requests: int = 0  # conversations of open requests, answered as data.web.careless_share says: `align` has to tell
+    data: str = ""  # a JSONL of `messages` that is trained on too; with traces.problems = 0, on nothing else
+
+    def __post_init__(self) -> None:
+        if not (self.traces.problems or self.general or self.requests or self.data):
+            raise ValueError("traces.problems=0 and no data leave nothing to learn; name a JSONL of traces in `data`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +72,11 @@ class Recipe:
     reason: RlConfig = field(default_factory=RlConfig)
     reject: TracedSftConfig = field(default_factory=TracedSftConfig)
     align: RlConfig = field(default_factory=RlConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     student_pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     distil: TracedSftConfig = field(default_factory=TracedSftConfig)
+    student_rl: RlConfig = field(default_factory=lambda: RlConfig(steps=0))  # steps 0: passed over
+    on_policy: OnPolicyConfig = field(default_factory=lambda: OnPolicyConfig(steps=0))
     rl_data: RlDataConfig = field(default_factory=RlDataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -76,6 +86,15 @@ class Recipe:
                 f"student_pretrain.row_len={self.student_pretrain.row_len} is no multiple of pretrain.row_len="
                 f"{self.pretrain.row_len}: it would cut the problems, which stand whole in rows of that length"
             )
+        for name in ("zero", "reason", "align"):
+            if getattr(self, name).seconds == 0:
+                raise ValueError(f"{name}.seconds=0: only the student's arms can take as long as distil; use inf")
+
+        for stage in ("zero", "reason"):
+            if share := getattr(self, stage).preference_share:
+                raise ValueError(
+                    f"{stage}.preference_share={share}: rules alone reward {stage}; give it to align, the last stage"
+                )
 
     @property
     def directory(self) -> Path:
@@ -129,6 +148,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where}={value!r}; use one of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
+        if arguments[1:] == (...,):  # of any length
+            if not isinstance(value, list | tuple):
+                raise ValueError(f"{where}={value!r} must be a list")
+            return tuple(_value(arguments[0], v, where) for v in value)
         if not isinstance(value, list | tuple) or len(value) != len(arguments):
             raise ValueError(f"{where}={value!r} must be a list of {len(arguments)} values")
         return tuple(_value(a, v, where) for a, v in zip(arguments, value, strict=True))

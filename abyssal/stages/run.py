@@ -23,7 +23,8 @@ from abyssal.tokens.tokenizer import Tokenizer
 
 # stage -> the checkpoint it leaves, in the order of the way
 STAGES = (
-    "tokenize", "pretrain", "extend", "zero", "cold_start", "reason", "reject", "align", "distil", "eval", "report",
+    "tokenize", "pretrain", "extend", "zero", "cold_start", "reason", "reject", "align",
+    "distil", "student_rl", "on_policy", "eval", "report",
 )  # fmt: skip
 CHECKPOINTS = {
     "pretrain": "base",
@@ -32,8 +33,12 @@ CHECKPOINTS = {
     "reason": "dev2",
     "reject": "dev3",
     "align": "r1",
+    "distil/base": "student_base",  # what the three arms of the student start from
     "distil": "student",
+    "student_rl": "student_rl",
+    "on_policy": "student_opd",
 }
+OPTIONAL = ("extend", "student_rl", "on_policy")  # passed over in a recipe that gives them no steps
 FIRST_PROBLEM = {
     "extend": 3_000_000,
     "zero": 5_000_000,
@@ -42,23 +47,14 @@ FIRST_PROBLEM = {
     "reject": 30_000_000,
     "align": 40_000_000,
     "distil": 50_000_000,
+    "student_rl": 60_000_000,
+    "on_policy": 70_000_000,
 }  # stages draw from parts of the problem stream that do not overlap; pretraining has its beginning
-
-
-# what a stage's noise is drawn by: a stage that joins the way later takes the next number and moves no other's
+# fixed, whatever stands between them: a run begun before a stage was added goes on with the noise it had
 SEED_NUMBER = {
-    "tokenize": 1,
-    "pretrain": 2,
-    "zero": 3,
-    "cold_start": 4,
-    "reason": 5,
-    "reject": 6,
-    "align": 7,
-    "distil": 8,
-    "eval": 9,
-    "report": 10,
-    "extend": 11,
-}
+    "tokenize": 1, "pretrain": 2, "zero": 3, "cold_start": 4, "reason": 5, "reject": 6, "align": 7, "distil": 8,
+    "eval": 9, "report": 10, "student_rl": 11, "on_policy": 12, "extend": 13,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,12 +66,11 @@ class Run:
     device: torch.device
     console: Console
 
+    def is_off(self, stage: str) -> bool:
+        return stage in OPTIONAL and getattr(self.recipe, stage).steps == 0
+
     def stage_dir(self, stage: str) -> Path:
         return self.directory / stage
-
-    def is_off(self, stage: str) -> bool:
-        """Whether the recipe passes this stage over."""
-        return stage == "extend" and self.recipe.extend.steps == 0
 
     def stage_of(self, name: str) -> str:
         """Who leaves a checkpoint. Where the context is extended, the longer one is the base of all later stages."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from abyssal.checkpoint.resume import TrainerState, has_trainer, load_trainer
 from abyssal.checkpoint.save import save_checkpoint
@@ -31,7 +31,7 @@ class TrainState:
 
 
 def build_optimizers(
-    model: Transformer, *, kind: Literal["muon", "adamw"], lr: float, adamw_lr: float, weight_decay: float
+    model: nn.Module, *, kind: Literal["muon", "adamw"], lr: float, adamw_lr: float, weight_decay: float
 ) -> dict[str, torch.optim.Optimizer]:
     """ "muon": Muon at `lr` for matrices inside blocks, AdamW at `adamw_lr` for the rest. "adamw": AdamW for all."""
     matrices: list[tuple[str, Tensor]] = []

@@ -15,6 +15,7 @@ from pathlib import Path
 from abyssal.data.corpus import encode_documents, read_corpus
 from abyssal.data.haystack import HayOf, NeedleMix, long_row
 from abyssal.data.loader import TokenWriter
+from abyssal.data.preferences import request_at
 from abyssal.data.problems import ProblemSource, Split, problem_at
 from abyssal.data.worked import WebMix, web_document
 from abyssal.record import Recorder
@@ -75,9 +76,10 @@ def tokenize(
 def conversations(data: DataConfig, *, split: Split, seed: int, first: int = 0) -> Iterator[Conversation]:
     """Problems of one side of the split as somebody might have posted them, for ever."""
     for index in itertools.count(first):
-        yield web_document(
-            problem_at(data.problems, seed, index, split), random.Random(f"web {seed} {index}"), data.web
-        )
+        # drawn apart from all else: without requests the mix is what it was
+        is_request = random.Random(f"is request {seed} {split} {index}").random() < data.web.request_share
+        problem = (request_at if is_request else problem_at)(data.problems, seed, index, split)
+        yield web_document(problem, random.Random(f"web {seed} {index}"), data.web)
 
 
 def sample_texts(config: TokenizerConfig, data: DataConfig, seed: int) -> Iterator[str]:

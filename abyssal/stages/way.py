@@ -1,7 +1,7 @@
 """The way: every stage in order, each taking up where it stopped and leaving a checkpoint in DeepSeek's own name.
 
     tokenize -> pretrain (base) [-> extend (base)] -> zero (zero) -> cold_start (dev1) -> reason (dev2)
-             -> reject (dev3) -> align (r1) -> distil (student) -> eval -> report
+             -> reject (dev3) -> align (r1) -> distil (student; student_rl, student_opd beside it) -> eval -> report
 
 A stage is done when its done.json is there. Everything before that line can be killed at any moment.
 """
@@ -32,13 +32,19 @@ READS: dict[str, tuple[str, ...]] = {
     "extend": ("extend", "pretrain", "data"),
     "tokenize": ("tokenizer", "data"),
     "pretrain": ("model", "pretrain"),
+    "align": ("align", "rl_data", "reward_model"),
     "distil": ("student", "student_pretrain", "distil", "rl_data"),
+    "student_rl": ("student", "student_pretrain", "student_rl", "rl_data"),
+    "on_policy": ("student", "student_pretrain", "on_policy", "rl_data"),
     "report": (),
 }
 # they begin from base, or from what began there
 FROM_BASE = tuple(stage for stage in CHECKPOINTS if stage != "pretrain")
 # what a stage leaves behind that a later start takes up
-LEFT_BEHIND = ("checkpoint", "checkpoint.old", "traces.jsonl", "base", "phase1/train", "results.json", "done.json")
+LEFT_BEHIND = (
+    "checkpoint", "checkpoint.old", "traces.jsonl", "base", "reward_model/pairs.jsonl", "phase1/train", "results.json",
+    "done.json",
+)  # fmt: skip
 
 
 def open_run(recipe: Recipe, console: Console) -> Run:
@@ -98,14 +104,11 @@ def walk(run: Run, stages: tuple[str, ...] = STAGES) -> None:
     with alone(run.directory), Verifiers() as verifiers:
         check_own_data(run, verifiers)
         for stage in stages:
-            if run.is_off(stage):
+            is_done = (run.stage_dir(stage) / "done.json").is_file()
+            if is_done or run.is_off(stage):
+                said = "already done" if is_done else "off in this recipe"
                 run.console.print(
-                    f"[dim][{STAGES.index(stage) + 1}/{len(STAGES)} {stage}] off in this recipe[/dim]", highlight=False
-                )
-                continue
-            if (run.stage_dir(stage) / "done.json").is_file():
-                run.console.print(
-                    f"[dim][{STAGES.index(stage) + 1}/{len(STAGES)} {stage}] already done[/dim]", highlight=False
+                    f"[dim][{STAGES.index(stage) + 1}/{len(STAGES)} {stage}] {said}[/dim]", highlight=False
                 )
                 continue
             began = time.time()
