@@ -125,6 +125,8 @@ def resolve_checkpoint(path: Path) -> Path:
     if (find_directory(path) / "config.json").is_file():
         return path
     stage = next((stage for stage, name in CHECKPOINTS.items() if name == path.name), None)
+    if path.name == "base" and (path.parent / "extend" / "done.json").is_file():  # the base that later stages know
+        stage = "extend"
     for candidate in (path / "checkpoint", path.parent / (stage or path.name) / "checkpoint"):
         if find_directory(candidate).is_dir():
             return candidate

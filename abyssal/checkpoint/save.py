@@ -91,6 +91,11 @@ def load_checkpoint(
     return Loaded(model, tokenizer, config)
 
 
+def load_config(directory: str | Path) -> ModelConfig:
+    """The config alone, or the error that loading would end in."""
+    return _read_config(find_directory(Path(directory)))
+
+
 def _write_weights(path: Path, model: Transformer, *, max_shard_bytes: int) -> None:
     """BF16 safetensors; an index when there is more than one."""
     views = official_views(model)

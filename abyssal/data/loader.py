@@ -221,10 +221,11 @@ class RowLoader:
     def epoch(self) -> int:
         return self.position // self.n_rows
 
-    def next(self) -> Rows:
-        """The next rows; goes over into the next epoch where one ends."""
-        found = [self._row(self.position + i) for i in range(self.rows_per_step)]
-        self.position += self.rows_per_step
+    def next(self, n_rows: int | None = None) -> Rows:
+        """The next `n_rows` rows, or `rows_per_step`; goes over into the next epoch where one ends."""
+        n_rows = self.rows_per_step if n_rows is None else n_rows
+        found = [self._row(self.position + i) for i in range(n_rows)]
+        self.position += n_rows
         ids_BT = torch.from_numpy(np.stack([ids for ids, _ in found]).astype(np.int64))
         return Rows(ids_BT, torch.from_numpy(np.stack([mask for _, mask in found]).astype(bool)))
 

@@ -151,6 +151,47 @@ def interval_chart(
     return _svg(parts, title=title, width=width, height=bottom + 22)
 
 
+def heat_map(
+    values: Sequence[Sequence[float]],
+    *,
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    x_label: str,
+    y_label: str,
+    mark_after: int | None = None,
+    colour: int = 2,
+    width: int = 360,
+) -> str:
+    """Shares from 0 to 1 as cells, `values[row][column]`: the fuller the colour the higher, with the number in it. A
+    dashed line stands behind column `mark_after` (counted from 1)."""
+    if not values or not columns:
+        return ""
+    left, top, cell_height = 46, 30, 24
+    cell_width = (width - left - 10) / len(columns)
+    bottom = top + cell_height * len(rows)
+    parts = [_text(8, 16, title, "title")]
+    for r, (name, line) in enumerate(zip(rows, values, strict=True)):
+        y = top + r * cell_height
+        parts.append(_text(left - 6, y + cell_height / 2 + 4, name, "tick", anchor="end"))
+        for c, (column, value) in enumerate(zip(columns, line, strict=True)):
+            x = left + c * cell_width
+            box = f'x="{x + 1:.1f}" y="{y + 1:.1f}" width="{cell_width - 2:.1f}" height="{cell_height - 2}" rx="3"'
+            shade = f'style="fill:var(--s{colour % N_COLOURS});fill-opacity:{0.06 + 0.72 * value:.2f}"'
+            note = f"{x_label} {column}, {y_label} {name}: {value_label(value, 'percent')}"
+            parts.append(f"<g><rect {box} {shade}/><title>{escape(note)}</title>")
+            number = f"{100 * value:.0f}"
+            parts.append(_text(x + cell_width / 2, y + cell_height / 2 + 4, number, "value", anchor="middle") + "</g>")
+    for c, column in enumerate(columns):
+        parts.append(_text(left + (c + 0.5) * cell_width, bottom + 14, column, "tick", anchor="middle"))
+    if mark_after is not None and 0 < mark_after < len(columns):
+        x = left + mark_after * cell_width
+        parts.append(f'<line class="reference" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 6}" y2="{bottom + 4}"/>')
+    caption = f"{x_label}; {y_label} downwards"
+    parts.append(_text((left + width - 10) / 2, bottom + 30, caption, "tick", anchor="middle"))
+    return _svg(parts, title=title, width=width, height=bottom + 36)
+
+
 def linear_scale(low: float, high: float, start: float, end: float, *, n_ticks: int, whole: bool = False) -> Scale:
     """Ticks at 1, 2 or 5 times a power of ten; at least one apart when `whole`."""
     if high <= low:

@@ -21,6 +21,7 @@ from abyssal.evals.charts import value_label
 from abyssal.evals.page_arms import arms_section, budget_section
 from abyssal.evals.page_curves import curves_section, stage_title, trace_card
 from abyssal.evals.page_look import SCRIPT, STYLE
+from abyssal.evals.page_needles import needles_section
 from abyssal.evals.page_tables import (
     COLOURS,
     NOTHING,
@@ -62,6 +63,7 @@ def render(run: RunFiles) -> str:
         "budget": ("Thinking budget", budget_section(run)),
         "traces": ("Side by side", _traces(run)),
         "curves": ("How it learned", curves_section(run.stages)),
+        "needles": ("Long context", needles_section(run.needles)),
         "families": ("Families", families_section(run)),
         "data": ("Data", data_section(run)),
         "cost": ("Time and tokens", cost_section(run.stages)),

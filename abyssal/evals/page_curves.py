@@ -126,6 +126,10 @@ MACHINE = (
 STAGE_TITLES = {
     "tokenize": ("Tokenizer", "A byte-level vocabulary, learned from the corpus."),
     "pretrain": ("Pretraining", "Text and problems, most answered at once, some worked out. Leaves base."),
+    "extend": (
+        "Context extension",
+        "YaRN, and pretraining on rows of two, then four times the length. Leaves the base that all later stages take.",
+    ),
     "zero": (
         "R1-Zero",
         "GRPO on base with accuracy and format rewards alone, no example of how to think. Leaves zero.",

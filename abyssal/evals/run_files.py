@@ -13,7 +13,7 @@ from typing import Any
 from abyssal.record import seconds_of_work
 
 STAGES = (
-    "tokenize", "pretrain", "zero", "cold_start", "reason", "reject", "align",
+    "tokenize", "pretrain", "extend", "zero", "cold_start", "reason", "reject", "align",
     "distil", "student_rl", "on_policy", "eval",
 )  # fmt: skip
 CHECKPOINTS = ("base", "zero", "dev1", "dev2", "dev3", "r1", "student_base", "student", "student_rl", "student_opd")
@@ -59,6 +59,7 @@ class RunFiles:
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
     traces: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)  # what became of the documents; runs before it have none
+    needles: dict[str, Any] = field(default_factory=dict)  # extend/needle.json
     budget: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # checkpoint -> points of its curve
 
     def overall(self, checkpoint: str) -> dict[str, Any]:
@@ -83,6 +84,7 @@ def read_run(run_dir: Path) -> RunFiles:
         written_at=max((path.stat().st_mtime for path in files if path.exists()), default=0.0),
         stages=[_stage(run_dir / name, name) for name in in_order(names, STAGES)],
         checkpoints={name: checkpoints[name] for name in in_order(checkpoints, CHECKPOINTS)},
+        needles=_dict(_json(run_dir / "extend" / "needle.json")),
         traces=_dicts(traces),
         budget={str(name): _dicts(points) for name, points in _dict(results.get("budget")).items()},
         data=_dict(_json(run_dir / "tokenize" / "data_report.json")),

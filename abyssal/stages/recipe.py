@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from abyssal.evals.tasks import EvalConfig
 from abyssal.model.config import ModelConfig
+from abyssal.stages.extend import ExtendConfig
 from abyssal.stages.on_policy import OnPolicyConfig
 from abyssal.stages.pretrain import PretrainConfig
 from abyssal.stages.reward_model import RewardModelConfig
@@ -28,6 +29,7 @@ from abyssal.stages.traces import TracesConfig
 class RunConfig:
     name: str = "run"
     out: str = "out"  # the run directory is <out>/<name>
+    base: str = ""  # a Hugging Face directory to start from, its tokenizer included; "": the [model] of the recipe
     seed: int = 0
     device: str = "auto"
     threads: int = 0  # CPU threads; 0: every core
@@ -65,6 +67,7 @@ class Recipe:
     model: ModelConfig
     student: ModelConfig
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    extend: ExtendConfig = field(default_factory=ExtendConfig)
     zero: RlConfig = field(default_factory=RlConfig)
     cold_start: TracedSftConfig = field(default_factory=TracedSftConfig)
     reason: RlConfig = field(default_factory=RlConfig)

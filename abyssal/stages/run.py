@@ -23,7 +23,7 @@ from abyssal.tokens.tokenizer import Tokenizer
 
 # stage -> the checkpoint it leaves, in the order of the way
 STAGES = (
-    "tokenize", "pretrain", "zero", "cold_start", "reason", "reject", "align",
+    "tokenize", "pretrain", "extend", "zero", "cold_start", "reason", "reject", "align",
     "distil", "student_rl", "on_policy", "eval", "report",
 )  # fmt: skip
 CHECKPOINTS = {
@@ -38,8 +38,9 @@ CHECKPOINTS = {
     "student_rl": "student_rl",
     "on_policy": "student_opd",
 }
-OPTIONAL = ("student_rl", "on_policy")  # passed over in a recipe that gives them no steps
+OPTIONAL = ("extend", "student_rl", "on_policy")  # passed over in a recipe that gives them no steps
 FIRST_PROBLEM = {
+    "extend": 3_000_000,
     "zero": 5_000_000,
     "cold_start": 10_000_000,
     "reason": 20_000_000,
@@ -52,7 +53,7 @@ FIRST_PROBLEM = {
 # fixed, whatever stands between them: a run begun before a stage was added goes on with the noise it had
 SEED_NUMBER = {
     "tokenize": 1, "pretrain": 2, "zero": 3, "cold_start": 4, "reason": 5, "reject": 6, "align": 7, "distil": 8,
-    "eval": 9, "report": 10, "student_rl": 11, "on_policy": 12,
+    "eval": 9, "report": 10, "student_rl": 11, "on_policy": 12, "extend": 13,
 }  # fmt: skip
 
 
@@ -71,9 +72,14 @@ class Run:
     def stage_dir(self, stage: str) -> Path:
         return self.directory / stage
 
+    def stage_of(self, name: str) -> str:
+        """Who leaves a checkpoint. Where the context is extended, the longer one is the base of all later stages."""
+        if name == "base" and not self.is_off("extend"):
+            return "extend"
+        return next(stage for stage, leaves in CHECKPOINTS.items() if leaves == name)
+
     def checkpoint(self, name: str) -> Path:
-        stage = next(stage for stage, leaves in CHECKPOINTS.items() if leaves == name)
-        return self.stage_dir(stage) / "checkpoint"
+        return self.stage_dir(self.stage_of(name)) / "checkpoint"
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.stage_dir("tokenize") / "tokenizer")

@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from abyssal.checkpoint.save import load_checkpoint
+from abyssal.checkpoint.save import load_checkpoint, load_config, save_checkpoint
 from abyssal.data.preferences import request_at
 from abyssal.data.problems import ProblemSource, problem_at
 from abyssal.data.user_examples import read_conversations
@@ -20,6 +21,8 @@ from abyssal.model.transformer import Transformer
 from abyssal.record import Recorder, read_steps, seconds_of_work
 from abyssal.reward.verifiers import Verifiers
 from abyssal.stages.evaluation_sets import evaluation_sets
+from abyssal.stages.extend import extend
+from abyssal.stages.foreign import foreign_model, foreign_tokenizer
 from abyssal.stages.measure import measure
 from abyssal.stages.on_policy import distil_on_policy
 from abyssal.stages.preference_judge import Judge
@@ -40,6 +43,10 @@ REWARD_MODEL_FIRST = 5_000_000  # its requests lie behind those that `align` its
 def run_tokenize(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
     recipe = run.recipe
     with run.recorder_at(stage)(0) as recorder:
+        given = None
+        if base := recipe.run.base:
+            given = foreign_tokenizer(Path(base), say=recorder.log)
+            recorder.log(f"start from {base}: the [model] of the recipe gives way to its config.json")
         tokenizer = tokenize(
             run.stage_dir(stage),
             config=recipe.tokenizer,
@@ -52,23 +59,56 @@ def run_tokenize(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
             row_len=recipe.pretrain.row_len,
             seed=recipe.run.seed,
             recorder=recorder,
+            given=given,
         )
-    return {"vocab_size": tokenizer.vocab_size}
+    return {"vocab_size": tokenizer.vocab_size} | ({"base": recipe.run.base} if recipe.run.base else {})
 
 
 def run_pretrain(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
     recipe, tokenizer = run.recipe, run.tokenizer()
+    base, start = recipe.run.base, None
+    if base:
+        start = foreign_model(Path(base), tokenizer, dtype=recipe.pretrain.dtype, device=run.device)
+        if not recipe.pretrain.steps:  # nothing to train: the checkpoint is the model that was given
+            save_checkpoint(run.stage_dir(stage) / "checkpoint", start, tokenizer)
+            return {"base": base}
+    elif not recipe.pretrain.steps:
+        raise ValueError("pretrain.steps=0 leaves the base untrained; train it, or name a checkpoint as run.base")
     pretrain(
         run.stage_dir(stage),
         config=recipe.pretrain,
-        model_config=fitted(recipe.model, tokenizer),
+        model_config=fitted(recipe.model, tokenizer) if start is None else start.config,
         tokens_dir=run.stage_dir("tokenize"),
         tokenizer=tokenizer,
         seed=recipe.run.seed,
         device=run.device,
         recorder_at=run.recorder_at(stage),
+        start=start,
     )
-    return {}
+    return {"base": base} if base else {}
+
+
+def run_extend(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
+    recipe, base = run.recipe, run.stage_dir("pretrain") / "checkpoint"
+    # a base of ours knows the rows it was trained on; one that came whole says itself how far it goes
+    whole = bool(recipe.run.base) and not recipe.pretrain.steps
+    k = STAGES.index(stage) + 1
+    return extend(
+        run.stage_dir(stage),
+        config=recipe.extend,
+        like=recipe.pretrain,
+        data=recipe.data,
+        documents=run.stage_dir("tokenize") / "documents",
+        base=base,
+        context=load_config(base).max_position_embeddings if whole else recipe.pretrain.row_len,
+        first_problem=FIRST_PROBLEM[stage],
+        tokenizer=run.tokenizer(),
+        seed=seed_of(run, stage),
+        device=run.device,
+        recorder_at=lambda directory, title: lambda step: Recorder(
+            directory, title, k, len(STAGES), resume_from_step=step, console=run.console
+        ),
+    )
 
 
 def run_rl(run: Run, stage: str, verifiers: Verifiers, *, start: str | None) -> dict[str, Any]:
@@ -177,7 +217,7 @@ def run_traced_sft(run: Run, stage: str, verifiers: Verifiers, *, teacher: str, 
 
 
 def run_eval(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
-    names = [name for stage_, name in CHECKPOINTS.items() if (run.stage_dir(stage_) / "done.json").is_file()]
+    names = [n for n in CHECKPOINTS.values() if (run.stage_dir(run.stage_of(n)) / "done.json").is_file()]
     if not names:
         raise ValueError(f"{run.directory} has no checkpoint to evaluate yet; run `abyssal pretrain` first")
     with run.recorder_at(stage)(0) as recorder:
@@ -203,6 +243,7 @@ def run_report(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
 STEPS: dict[str, Callable[[Run, str, Verifiers], dict[str, Any]]] = {
     "tokenize": run_tokenize,
     "pretrain": run_pretrain,
+    "extend": run_extend,
     "zero": partial(run_rl, start="base"),  # R1-Zero: no SFT before it
     "cold_start": partial(run_traced_sft, teacher="zero", start="base"),
     "reason": partial(run_rl, start="dev1"),

@@ -14,13 +14,14 @@ import random
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from abyssal.data.clean import CleanConfig, Cleaner
 from abyssal.data.corpus import encode_documents, open_source
 from abyssal.data.document_store import open_documents, write_documents
+from abyssal.data.haystack import HayOf, NeedleMix, long_row
 from abyssal.data.loader import TokenWriter
 from abyssal.data.mix import Drawn, Mixture
 from abyssal.data.preferences import request_at
@@ -57,6 +58,7 @@ class DataConfig:
     clean: CleanConfig = field(default_factory=CleanConfig)
     problems: ProblemSource = field(default_factory=ProblemSource)
     web: WebMix = field(default_factory=WebMix)
+    needles: NeedleMix = field(default_factory=NeedleMix)  # rows beside those of text and problems
 
     def __post_init__(self) -> None:
         if bad := [name for name, weight in self.mix.items() if not weight > 0]:
@@ -84,22 +86,31 @@ def tokenize(
     row_len: int,
     seed: int,
     recorder: Recorder,
+    given: Tokenizer | None = None,
 ) -> Tokenizer:
     """Leaves `documents/`, `tokenizer/`, `train/`, `held_out/` and `data_report.json` in `stage_dir`.
 
-    `evaluation` names the evaluation sets in use, with the texts that no document may hold a part of.
+    `evaluation` names the evaluation sets in use, with the texts that no document may hold a part of. A tokenizer that
+    is `given` is not trained.
     """
     report = clean_documents(stage_dir, data=data, evaluation=evaluation, seed=seed, recorder=recorder)
     documents = stage_dir / "documents"
-    sample = sample_texts(config, data, seed, documents)
-    tokenizer = Tokenizer(train_bpe(sample, vocab_size=config.vocab_size, single_digits=config.single_digits))
+    tokenizer = given or Tokenizer(
+        train_bpe(
+            sample_texts(config, data, seed, documents),
+            vocab_size=config.vocab_size,
+            single_digits=config.single_digits,
+        )
+    )
     tokenizer.save(stage_dir / "tokenizer")
     recorder.step(N_CLEANING_STEPS, N_STEPS, {"part": "vocabulary", "vocab_size": tokenizer.vocab_size})
     splits: list[tuple[Split, int]] = [("train", data.tokens), ("held_out", data.held_out_tokens)]
     for k, (split, n_tokens) in enumerate(splits, start=1):
         text = TextStream(documents, data, tokenizer, split=split, seed=seed) if data.text_share > 0 else None
         with TokenWriter(stage_dir / split, vocab_size=tokenizer.vocab_size) as writer:
-            rows = mixed_rows(data, tokenizer, text, split=split, seed=seed, row_len=row_len, n_tokens=n_tokens)
+            rows = mixed_rows(
+                data, tokenizer, documents, text, split=split, seed=seed, row_len=row_len, n_tokens=n_tokens
+            )
             for ids, mask in rows:
                 writer.add(ids, mask)
         report[f"{split}_text"] = text.used() if text is not None else {}
@@ -114,7 +125,7 @@ def clean_documents(
     stage_dir: Path, *, data: DataConfig, evaluation: Mapping[str, Iterable[str]], seed: int, recorder: Recorder
 ) -> dict[str, Any]:
     """All sources through the cleaner into `documents/`; the account of it. Nothing is read where no text is wanted."""
-    if data.text_share == 0:
+    if data.text_share == 0 and not (data.needles.share or data.needles.copies):
         return {}
     if data.corpus_bytes <= 0:
         raise ValueError(f"corpus_bytes={data.corpus_bytes} leaves no text; give a positive number of bytes")
@@ -140,9 +151,9 @@ def clean_documents(
     return report
 
 
-def conversations(data: DataConfig, *, split: Split, seed: int) -> Iterator[Conversation]:
+def conversations(data: DataConfig, *, split: Split, seed: int, first: int = 0) -> Iterator[Conversation]:
     """Problems of one side of the split as somebody might have posted them, for ever."""
-    for index in itertools.count():
+    for index in itertools.count(first):
         # drawn apart from all else: without requests the mix is what it was
         is_request = random.Random(f"is request {seed} {split} {index}").random() < data.web.request_share
         problem = (request_at if is_request else problem_at)(data.problems, seed, index, split)
@@ -173,18 +184,27 @@ def sample_texts(config: TokenizerConfig, data: DataConfig, seed: int, documents
 def mixed_rows(
     data: DataConfig,
     tokenizer: Tokenizer,
+    documents: Path,
     text: TextStream | None,
     *,
     split: Split,
     seed: int,
     row_len: int,
     n_tokens: int,
+    first: int = 0,
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Rows of `row_len` ids with their loss masks. Only what an assistant says and what a text says is learned."""
-    rendered = (render(c, tokenizer) for c in conversations(data, split=split, seed=seed))
+    rendered = (render(c, tokenizer) for c in conversations(data, split=split, seed=seed, first=first))
     example = next(rendered)
-    n_text = n_all = 0
-    while n_all < n_tokens:
+    has_long = data.needles.share + data.needles.copies > 0
+    hay_of = plain_text(documents, data, tokenizer, split=split, seed=seed) if has_long else None
+    rng = random.Random(f"needles {seed} {split} {first}")
+    n_text = n_all = n_long = 0
+    while n_all + n_long < n_tokens:
+        if hay_of and (found := long_row(data.needles, hay_of, tokenizer, rng, row_len=row_len)):
+            yield found
+            n_long += row_len
+            continue
         ids: list[int] = []
         mask: list[int] = []
         wants_text = text is not None and n_text + row_len <= data.text_share * (n_all + row_len)
@@ -204,6 +224,19 @@ def mixed_rows(
         n_all += row_len
 
 
+def plain_text(documents: Path, data: DataConfig, tokenizer: Tokenizer, *, split: Split, seed: int) -> HayOf:
+    """Ids of the corpus without control tokens: an end token would close the document that the text is part of."""
+    stream = TextStream(documents, replace(data, fim_rate=0.0), tokenizer, split=split, seed=seed)
+
+    def take(n: int) -> list[int]:
+        ids: list[int] = []
+        while len(ids) < n:
+            ids += [i for i in stream.take(n - len(ids)) if i not in tokenizer.control_ids]
+        return ids
+
+    return take
+
+
 class TextStream:
     """Documents of the mix as one endless run of ids, to be cut anywhere."""
 
@@ -211,7 +244,8 @@ class TextStream:
         self._mixture = Mixture(open_documents(documents, split), data.weights, seed=seed)
         self._drawn: deque[Drawn] = deque()  # read ahead of what is encoded
         rng = random.Random(f"fim {seed} {split}")
-        self._encoded = encode_documents(self._texts(), tokenizer, rng, data.fim_rate)
+        fim_rate = data.fim_rate if tokenizer.has_fim else 0.0  # a foreign vocabulary may have no marks for it
+        self._encoded = encode_documents(self._texts(), tokenizer, rng, fim_rate)
         self._n_used = [0] * len(self._mixture.files)
         self._n_bytes = [0] * len(self._mixture.files)
         self._buffer: list[int] = []

@@ -1,7 +1,7 @@
 """The way: every stage in order, each taking up where it stopped and leaving a checkpoint in DeepSeek's own name.
 
-    tokenize -> pretrain (base) -> zero (zero) -> cold_start (dev1) -> reason (dev2) -> reject (dev3) -> align (r1)
-             -> distil (student; student_rl, student_opd beside it) -> eval -> report
+    tokenize -> pretrain (base) [-> extend (base)] -> zero (zero) -> cold_start (dev1) -> reason (dev2)
+             -> reject (dev3) -> align (r1) -> distil (student; student_rl, student_opd beside it) -> eval -> report
 
 A stage is done when its done.json is there. Everything before that line can be killed at any moment.
 """
@@ -30,6 +30,7 @@ from abyssal.stages.steps import STEPS
 # the sections of the recipe that a stage reads, where they are not its own and rl_data
 READS: dict[str, tuple[str, ...]] = {
     "tokenize": ("tokenizer", "data", "rl_data"),
+    "extend": ("extend", "pretrain", "data"),
     "pretrain": ("model", "pretrain"),
     "align": ("align", "rl_data", "reward_model"),
     "distil": ("student", "student_pretrain", "distil", "rl_data"),
@@ -38,9 +39,12 @@ READS: dict[str, tuple[str, ...]] = {
     "report": (),
 }
 LIMITS = ("reward_limit_s", "max_undecided")
+# they begin from base, or from what began there
+FROM_BASE = tuple(stage for stage in CHECKPOINTS if stage != "pretrain")
 # what a stage leaves behind that a later start takes up
 LEFT_BEHIND = (
-    "checkpoint", "checkpoint.old", "traces.jsonl", "base", "reward_model/pairs.jsonl", "results.json", "done.json",
+    "checkpoint", "checkpoint.old", "traces.jsonl", "base", "reward_model/pairs.jsonl", "phase1/train", "results.json",
+    "done.json",
 )  # fmt: skip
 
 
@@ -75,6 +79,10 @@ def settled(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
     sections = READS.get(stage, (stage, "rl_data"))
     read: dict[str, Any] = {f"[{name}]": without_limits(recipe.get(name)) for name in sections}
     read["run.seed"] = recipe["run"]["seed"]
+    if stage in ("tokenize", "pretrain"):
+        read["run.base"] = recipe["run"]["base"]
+    if stage in FROM_BASE:
+        read["[extend]"] = recipe["extend"] if recipe["extend"]["steps"] else None
     if stage == "tokenize":  # it lays the mix out in rows of this length
         read["pretrain.row_len"] = recipe["pretrain"]["row_len"]
     return read
@@ -116,7 +124,9 @@ def walk(run: Run, stages: tuple[str, ...] = STAGES) -> None:
             with verifiers.recorded_in(run.stage_dir(stage) / "verdicts.jsonl"):
                 summary = STEPS[stage](run, stage, verifiers)
             done = {"stage": stage, "last_session_s": round(time.time() - began, 1), **machine(run), **summary}
-            if stage in CHECKPOINTS:  # an evaluation or a report from before is out of date
+            if stage == "extend":  # it made another base, whose results are not the old one's
+                (run.stage_dir("eval") / "results.json").unlink(missing_ok=True)
+            if stage in CHECKPOINTS or stage == "extend":  # an evaluation or a report from before is out of date
                 for later in ("eval", "report"):
                     (run.stage_dir(later) / "done.json").unlink(missing_ok=True)
             # last of all: behind it nobody comes back to this stage

@@ -2,6 +2,8 @@
 
     <bos>system<｜User｜>question<｜Assistant｜><think>thinking</think>answer<eos><｜User｜>...
 
+A foreign vocabulary with ChatML's marks keeps its own: <|im_start|>user, a line break, question<|im_end|>, and so on.
+
 Owns where control tokens stand. They are inserted here as ids; text is encoded piece by piece and cannot spell one. The
 Jinja form for other libraries has to work on one string, so there typed control strings do become control tokens.
 """
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from abyssal.tokens.bpe import ASSISTANT, END_THINK, THINK, USER
+from abyssal.tokens.bpe import ASSISTANT, CHATML_END, CHATML_START, END_THINK, THINK, USER
 from abyssal.types import Conversation, Message
 
 if TYPE_CHECKING:
@@ -49,28 +51,60 @@ def render(
     system = "\n\n".join(message.content for message in conversation if message.role == "system")
     turns = [message for message in conversation if message.role != "system"]
 
-    ids = [tokenizer.bos_id, *tokenizer.encode(system)]
+    ids = opening(system, tokenizer)
     mask = [0] * len(ids)
     for i, turn in enumerate(turns):
         is_last = i == len(turns) - 1 and not add_generation_prompt
         keep = keep_thinking == "all" or (keep_thinking == "last" and is_last)
         if turn.role == "user":
-            piece = [tokenizer.user_id, *tokenizer.encode(turn.content)]
+            piece = asked(turn.content, tokenizer)
             ids += piece
             mask += [0] * len(piece)
         elif turn.role == "assistant":
             piece = answer_ids(turn if keep else Message(role="assistant", content=turn.content), tokenizer)
-            ids += [tokenizer.assistant_id, *piece]
-            mask += [0] + [1] * len(piece)
+            mark, gap = assistant_mark(tokenizer), [] if is_last else after_answer(tokenizer)
+            ids += [*mark, *piece, *gap]
+            mask += [0] * len(mark) + [1] * len(piece) + [0] * len(gap)
         else:
             raise ValueError(f"a message has the role {turn.role!r}; the template knows system, user and assistant")
     if add_generation_prompt:
-        prompt = [tokenizer.assistant_id]
+        prompt = assistant_mark(tokenizer)
         if thinking != "auto":
             prompt.append(tokenizer.think_id if thinking == "on" else tokenizer.end_think_id)
         ids += prompt
         mask += [0] * len(prompt)
     return Rendered(ids, mask)
+
+
+def opening(system: str, tokenizer: Tokenizer) -> list[int]:
+    """What stands before the first turn."""
+    if tokenizer.is_chatml:
+        return chatml_turn("system", system, tokenizer) if system else []
+    return [tokenizer.bos_id, *tokenizer.encode(system)]
+
+
+def asked(question: str, tokenizer: Tokenizer) -> list[int]:
+    """A user's turn."""
+    if tokenizer.is_chatml:
+        return chatml_turn("user", question, tokenizer)
+    return [tokenizer.user_id, *tokenizer.encode(question)]
+
+
+def assistant_mark(tokenizer: Tokenizer) -> list[int]:
+    """What the assistant's turn opens with, before it says anything."""
+    if tokenizer.is_chatml:
+        return [tokenizer.token_id(CHATML_START), *tokenizer.encode("assistant\n")]
+    return [tokenizer.assistant_id]
+
+
+def after_answer(tokenizer: Tokenizer) -> list[int]:
+    """What stands between an answer's end token and the next turn."""
+    return tokenizer.encode("\n") if tokenizer.is_chatml else []
+
+
+def chatml_turn(role: str, content: str, tokenizer: Tokenizer) -> list[int]:
+    body = tokenizer.encode(f"{role}\n{content}")
+    return [tokenizer.token_id(CHATML_START), *body, tokenizer.token_id(CHATML_END), *tokenizer.encode("\n")]
 
 
 def answer_ids(answer: Message, tokenizer: Tokenizer) -> list[int]:
@@ -110,25 +144,31 @@ def split_thinking(text: str) -> tuple[str | None, str]:
     return thinking, content
 
 
-def chat_template() -> str:
+def chat_template(*, chatml: bool = False) -> str:
     """`render` as Jinja, for the libraries that load the directory: the same ids for text without control strings.
 
     Takes `thinking` ("auto", "on", "off", or a boolean) and `keep_thinking`. An earlier answer loses what stands
     before </think> in it, since clients send back what they were shown.
     """
+    system = "messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\\n\\n')"
+    if chatml:
+        open_system, close_system = f"'{CHATML_START}system\\n' + ", f" + '{CHATML_END}\\n'"
+        begin = f"{{%- set said = {system} -%}}{{%- if said -%}}"
+        begin += f"{{{{- {open_system}said{close_system} -}}}}{{%- endif -%}}"
+        user, user_end, assistant = f"{CHATML_START}user\\n", f" + '{CHATML_END}\\n'", f"{CHATML_START}assistant\\n"
+        after = "{%- if not loop.last or add_generation_prompt -%}{{- '\\n' -}}{%- endif -%}"
+    else:
+        begin, user, user_end, assistant, after = f"{{{{- bos_token + ({system}) -}}}}", USER, "", ASSISTANT, ""
     return "".join(
         (
             "{%- set keep = keep_thinking | default('last') -%}",
             "{%- set mode = thinking | default('auto') -%}",
-            "{{- bos_token -}}",
-            "{%- for m in messages if m['role'] == 'system' -%}",
-            "{%- if not loop.first -%}{{- '\\n\\n' -}}{%- endif -%}{{- m['content'] -}}",
-            "{%- endfor -%}",
+            begin,
             "{%- for m in messages if m['role'] != 'system' -%}",
             "{%- if m['role'] == 'user' -%}",
-            "{{- '" + USER + "' + m['content'] -}}",
+            "{{- '" + user + "' + m['content']" + user_end + " -}}",
             "{%- elif m['role'] == 'assistant' -%}",
-            "{{- '" + ASSISTANT + "' -}}",
+            "{{- '" + assistant + "' -}}",
             "{%- if keep == 'all' or (keep == 'last' and loop.last and not add_generation_prompt) -%}",
             "{%- set thought = m['thinking'] if m['thinking'] is string else m['reasoning_content'] -%}",
             "{%- if thought is string -%}{{- '" + THINK + "' + thought + '" + END_THINK + "' -}}{%- endif -%}",
@@ -136,12 +176,13 @@ def chat_template() -> str:
             "{%- else -%}",
             "{{- m['content'].split('" + END_THINK + "')[-1] + eos_token -}}",
             "{%- endif -%}",
+            after,
             "{%- else -%}",
             "{{- raise_exception('the template knows the roles system, user and assistant, not ' + m['role']) -}}",
             "{%- endif -%}",
             "{%- endfor -%}",
             "{%- if add_generation_prompt -%}",
-            "{{- '" + ASSISTANT + "' -}}",
+            "{{- '" + assistant + "' -}}",
             "{%- if mode == 'on' or mode is sameas true -%}{{- '" + THINK + "' -}}",
             "{%- elif mode == 'off' or mode is sameas false -%}{{- '" + END_THINK + "' -}}{%- endif -%}",
             "{%- endif -%}",

@@ -7,12 +7,26 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from abyssal.tokens.bpe import ASSISTANT, BOS, END_THINK, EOS, FIM_BEGIN, FIM_END, FIM_HOLE, PAD, THINK, USER
+from abyssal.tokens.bpe import (
+    ASSISTANT,
+    BOS,
+    CHATML_END,
+    CHATML_START,
+    END_THINK,
+    EOS,
+    FIM_BEGIN,
+    FIM_END,
+    FIM_HOLE,
+    PAD,
+    THINK,
+    USER,
+)
 from abyssal.tokens.chat import chat_template
 
 
@@ -66,10 +80,16 @@ class Tokenizer:
         }
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
-        if USER in self._control:
-            config["chat_template"] = chat_template()
+        if USER in self._control or self.is_chatml:
+            config["chat_template"] = chat_template(chatml=self.is_chatml)
         _write_whole(directory / "tokenizer.json", self._backend.to_str(pretty=True))
         _write_whole(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+
+    def with_control(self, names: Sequence[str], **config: str) -> Tokenizer:
+        """A copy that has these control tokens too, at the end where it did not know them, and this configuration."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.add_tokens([tokenizers.AddedToken(name, normalized=False, special=False) for name in names])
+        return Tokenizer(backend, config=config)
 
     def encode(self, text: str) -> list[int]:
         """Text to ids, never to a control token: of "a<think>" the ids of a, <think and >."""
@@ -103,6 +123,21 @@ class Tokenizer:
     def control_ids(self) -> frozenset[int]:
         """All ids that no text can become."""
         return self._control_ids
+
+    @property
+    def control_names(self) -> list[str]:
+        """As they are spelled."""
+        return list(self._control)
+
+    @property
+    def is_chatml(self) -> bool:
+        """Whether turns are marked as in ChatML, because the vocabulary has those marks and not DeepSeek's."""
+        return USER not in self._control and {CHATML_START, CHATML_END} <= self._control.keys()
+
+    @property
+    def has_fim(self) -> bool:
+        """Whether documents can be cut for fill-in-the-middle."""
+        return {FIM_BEGIN, FIM_HOLE, FIM_END} <= self._control.keys()
 
     @property
     def bos_id(self) -> int:

@@ -1,0 +1,121 @@
+"""Any model as a start: a Hugging Face directory of somebody else's becomes the base of a run.
+
+Its vocabulary is kept, and what the chat template needs and it lacks (<think>, turn marks) is added at its end, with
+rows of their own in the tables. A vocabulary with ChatML's marks keeps ChatML. Owns what is added and how its rows
+begin. Does not own reading the directory (checkpoint/) nor the template (tokens/chat.py).
+Letters: V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abyssal.checkpoint.atomic import find_directory
+from abyssal.checkpoint.save import load_checkpoint, load_config
+from abyssal.model.rope import rope_frequencies
+from abyssal.model.transformer import Transformer
+from abyssal.tokens.bpe import ASSISTANT, CHATML_END, END_THINK, THINK, USER
+from abyssal.tokens.tokenizer import Tokenizer
+
+TABLES = ("embed_tokens.weight", "lm_head.weight")
+# an answer is compared as text, so text has to come back as it went in
+ROUND_TRIP = ("a b", " Two  blanks,\n\tthen a line", "4+3*2-1 = 0", "所以 é")
+
+
+def foreign_tokenizer(directory: Path, *, say: Callable[[str], None]) -> Tokenizer:
+    """Its tokenizer, completed. What was added is said aloud, in one line."""
+    path = find_directory(directory)
+    load_config(path)  # a model that cannot be loaded later is refused before any work
+    found = Tokenizer.load(path)
+    for text in ROUND_TRIP:
+        if found.decode(found.encode(text)) != text:
+            raise ValueError(
+                f"{path}: its tokenizer turns {text!r} into {found.decode(found.encode(text))!r}, so answers could not "
+                f"be compared as text; start from a model whose tokenizer keeps text as it is (byte-level BPE)"
+            )
+    eos = named(path, "eos_token") or (CHATML_END if found.is_chatml else None)
+    if eos is None:
+        raise ValueError(f"{path} names no end token; write eos_token into its tokenizer_config.json")
+    turn_marks = () if found.is_chatml else (USER, ASSISTANT)
+    eos = CHATML_END if found.is_chatml else eos  # what ends an answer there, whatever ends a text
+    bos, pad = (named(path, key) or eos for key in ("bos_token", "pad_token"))
+    known = set(found.control_names)
+    tokenizer = found.with_control(
+        [name for name in dict.fromkeys((bos, eos, pad, *turn_marks, THINK, END_THINK)) if name not in known],
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+    )
+    added = [name for name in tokenizer.control_names if tokenizer.token_id(name) >= found.vocab_size]
+    marks = "ChatML" if tokenizer.is_chatml else "DeepSeek's turn marks"
+    new = f"added {' '.join(added)} with rows of their own" if added else "nothing was added"
+    no_fim = "" if tokenizer.has_fim else "; no fill-in-the-middle, for which it has no marks"
+    say(f"tokenizer of {directory}: {found.vocab_size} ids, {marks}, ends answers with {eos}; {new}{no_fim}")
+    return tokenizer
+
+
+def named(path: Path, key: str) -> str | None:
+    """A token by its role: from tokenizer_config.json, special_tokens_map.json, or by its id from config.json."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        value = read_json(path / file).get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            return value
+    index = read_json(path / "config.json").get(f"{key}_id")
+    index = index[0] if isinstance(index, list) and index else index
+    tokens = {token["id"]: token["content"] for token in read_json(path / "tokenizer.json").get("added_tokens", [])}
+    return tokens.get(index)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
+    return content if isinstance(content, dict) else {}
+
+
+def foreign_model(directory: Path, tokenizer: Tokenizer, *, dtype: str, device: torch.device) -> Transformer:
+    """Its model, with a row for every id of `tokenizer`, the completed one."""
+    model = load_checkpoint(directory, dtype=dtype, device=device).model
+    n_before = Tokenizer.load(find_directory(directory)).vocab_size
+    if n_before > model.config.vocab_size:
+        raise ValueError(
+            f"{directory}: its tokenizer has {n_before} ids and its model rows for {model.config.vocab_size}; "
+            f"copy the tokenizer that belongs to the model"
+        )
+    return with_rows(model, n_known=n_before, n_ids=tokenizer.vocab_size)
+
+
+@torch.no_grad()
+def with_rows(model: Transformer, *, n_known: int, n_ids: int) -> Transformer:
+    """The same model with rows for ids up to `n_ids`; those from `n_known` on begin as the mean of those before."""
+    if n_known == n_ids:
+        return model
+    state = model.state_dict()
+    n_rows = max(n_ids, model.config.vocab_size)
+    config = replace(model.config, vocab_size=n_rows)
+    for name in TABLES:
+        if name in state:
+            state[name] = grown(state[name], n_known=n_known, n_ids=n_ids, n_rows=n_rows)
+    with torch.device("meta"):
+        larger = Transformer(config, dtype=model.dtype)
+    larger.load_state_dict(state, assign=True)
+    larger.rope_frequencies = rope_frequencies(config).to(model.rope_frequencies.device)
+    return larger.requires_grad_(True)
+
+
+def grown(table_VD: Tensor, *, n_known: int, n_ids: int, n_rows: int) -> Tensor:
+    out_VD = table_VD.new_zeros(n_rows, table_VD.shape[1])
+    out_VD[: len(table_VD)] = table_VD
+    out_VD[n_known:n_ids] = table_VD[:n_known].mean(0)
+    return out_VD
