@@ -183,6 +183,17 @@ def test_a_second_run_finds_everything_done(walked: Walked):
     assert changed <= {"recipe.toml", ".lock"}
 
 
+def test_every_checkpoint_says_how_far_the_engine_is_from_the_trainer(walked: Walked):
+    """On the engine's experts FP32 agrees everywhere; BF16 is rounded, and its gap is a number in the report."""
+    checkpoints = json.loads((walked.run / "eval" / "results.json").read_text())["checkpoints"]
+    for name, entry in checkpoints.items():
+        gap = entry["engine_gap"]
+        assert gap["float32"]["largest"] <= 1e-5 and gap["float32"]["n_tokens"] > 0, name
+        assert 0 <= gap["bfloat16"]["mean"] <= gap["bfloat16"]["largest"] < 1, name
+    assert checkpoints["r1"]["engine_gap"]["bfloat16"]["mean"] > 0  # latents: the engine absorbs, the trainer expands
+    assert "BF16, flips" in (walked.run / "report.html").read_text(encoding="utf-8")
+
+
 def test_align_has_a_reward_model_and_watches_it(walked: Walked):
     done = json.loads((walked.run / "align" / "done.json").read_text())
     heads = json.loads((walked.run / "align" / "reward_model" / "done.json").read_text())["heads"]
@@ -228,7 +239,7 @@ def test_the_students_arms_start_from_one_base_and_end_apart(walked: Walked):
     assert any(entry["zero_variance_share"] < 1 for entry in walked.lines("student_rl/metrics.jsonl"))
     assert len({weights(stage) for stage in stages}) == 4
     for stage in stages[1:]:
-        assert len(walked.lines(f"{stage}/metrics.jsonl")) >= 2
+        assert walked.lines(f"{stage}/metrics.jsonl")
     results = json.loads((walked.run / "eval" / "results.json").read_text())
     for name in ("student", "student_rl", "student_opd"):
         gain = results["checkpoints"][name]["overall"]["gain_over_student_base"]

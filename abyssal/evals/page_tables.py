@@ -62,7 +62,27 @@ def results_section(run: RunFiles) -> Markup:
         if (chart := interval_chart(_interval_rows(rows, key), title=title, fmt=fmt))
     )
     head = Markup('<section id="results"><h2>Results</h2><p class="note">{}</p>').format(note)
-    return Markup('{}<div class="charts">{}</div>{}</section>').format(head, figures, table)
+    return Markup('{}<div class="charts">{}</div>{}{}</section>').format(head, figures, table, gap_table(run))
+
+
+def gap_table(run: RunFiles) -> Markup:
+    """What the engine said of its answers against what the trainer says; empty for runs that have not measured it."""
+    gaps = {name: entry["engine_gap"] for name, entry in run.checkpoints.items() if "engine_gap" in entry}
+    if not gaps:
+        return Markup("")
+    shown = (("largest", "largest"), ("mean", "mean"), ("free_mean", "mean, own experts"))
+    titles = [f"{short}, {title}" for short in ("FP32", "BF16") for _, title in shown] + ["BF16, flips"]
+    rows = [
+        [name]
+        + [f"{of[dtype][key]:.1e}" for dtype in ("float32", "bfloat16") for key, _ in shown]
+        + [f"{of['bfloat16']['flip_share']:.2%}"]
+        for name, of in gaps.items()
+    ]
+    note = Markup(
+        '<p class="note">Engine against trainer: gaps of the log-probs of drawn tokens, on the engine’s experts '
+        "(router replay) and with the trainer choosing its own. Flips: choices of another set of experts.</p>"
+    )
+    return note + table_of(["", *titles], rows)
 
 
 def families_section(run: RunFiles) -> Markup:

@@ -89,17 +89,10 @@ def evaluate(
     grades = grade(rollouts, verifiers, tokenizer)
     k = config.answers
     total, active = count_parameters(model)
-    gap = agreement(model, [r.completion for r in rollouts[:64]], vocab_size=tokenizer.vocab_size)
     per_problem = [mean_accuracy(grades[i : i + k]) for i in range(0, len(grades), k)]
     overall = (
         numbers(rollouts, grades, k=k)
-        | {
-            "k": k,
-            "active_params": active,
-            "total_params": total,
-            "mismatch_max": gap.max,
-            "flip_share": gap.flip_share,
-        }
+        | {"k": k, "active_params": active, "total_params": total}
         | drafting(model, tokenizer, rollouts[: 64 * k : k])
     )
     families = sorted({problem.family for problem in problems})
@@ -108,6 +101,28 @@ def evaluate(
         chosen = [i for i, r in enumerate(rollouts) if r.problem.family == family]
         by_family[family] = numbers([rollouts[i] for i in chosen], [grades[i] for i in chosen], k=k)
     return Result(overall, by_family, per_problem, list(zip(rollouts[::k], grades[::k], strict=True)))
+
+
+def engine_gap(
+    model: Transformer, tokenizer: Tokenizer, problems: list[Problem], *, config: EvalConfig, seed: int
+) -> dict[str, float]:
+    """How far the engine's log-probs are from the trainer's, in the model's compute type, over one answer to each.
+
+    `largest` and `mean` are on the engine's experts (router replay), `free_*` with the trainer choosing for itself.
+    """
+    engine = Engine(model, eos_ids=[tokenizer.eos_id], max_batch=64, vocab_size=tokenizer.vocab_size)
+    params = SamplingParams(temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens)
+    rollouts = sample_answers(engine, tokenizer, problems, answers_per_problem=1, params=params, seed=seed)
+    replay = model.config.feed_forward == "moe"
+    gap = agreement(model, [r.completion for r in rollouts], replay=replay, vocab_size=tokenizer.vocab_size)
+    return {
+        "largest": gap.max,
+        "mean": gap.mean,
+        "free_largest": gap.free_max,
+        "free_mean": gap.free_mean,
+        "flip_share": gap.flip_share,
+        "n_tokens": gap.n_tokens,
+    }
 
 
 def numbers(rollouts: list[Rollout], grades: list[Grade], *, k: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from abyssal.data.problems import NEVER_TRAINED, ProblemSource, problem_at
 from abyssal.evals.budget import budget_curve
 from abyssal.evals.passk import bootstrap_difference
-from abyssal.evals.tasks import EvalConfig, Result, evaluate
+from abyssal.evals.tasks import EvalConfig, Result, engine_gap, evaluate
 from abyssal.model.transformer import Transformer
 from abyssal.record import Recorder, plain
 from abyssal.reward.verifiers import Verifiers
@@ -22,6 +22,7 @@ from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Problem
 
 FIRST_MEASURED = 1_000_000  # not the held-out problems that RL looks at
+GAP_PROBLEMS = 64  # one answer each, to compare engine and trainer on
 
 
 def measure(
@@ -30,14 +31,17 @@ def measure(
     config: EvalConfig,
     source: ProblemSource,
     stream: ProblemStream,
-    load: Callable[[str], Transformer],
+    load: Callable[[str, str], Transformer],
     names: list[str],
     tokenizer: Tokenizer,
     verifiers: Verifiers,
     seed: int,
     recorder: Recorder,
 ) -> dict[str, Any]:
-    """Leaves results.json and traces.json; a checkpoint that is already in results.json is not measured again."""
+    """Leaves results.json and traces.json; a checkpoint that is already in results.json is not measured again.
+
+    `load` takes a checkpoint's name and a compute type.
+    """
     # a list of the user's own is asked once through: the same problem twice would only narrow the intervals
     n_problems = min(config.problems, len(stream.own_held_out) or config.problems)
     problems = [stream.at(FIRST_MEASURED + i, "held_out") for i in range(n_problems)]
@@ -51,7 +55,7 @@ def measure(
     n_steps = len(names) + len(cut_short)
     for k, name in enumerate(names):
         if name not in results["checkpoints"]:
-            model = load(name)
+            model = load(name, "float32")
             result = evaluate(model, tokenizer, problems, config=config, verifiers=verifiers, seed=seed)
             families = dict(result.family)
             if strangers:
@@ -61,6 +65,10 @@ def measure(
                 "overall": result.overall,
                 "family": families,
                 "per_problem": plain_all(result.per_problem),
+                "engine_gap": {
+                    dtype: engine_gap(load(name, dtype), tokenizer, problems[:GAP_PROBLEMS], config=config, seed=seed)
+                    for dtype in ("float32", "bfloat16")
+                },
             }
             add_traces(traces, name, result)
             add_gains(results["checkpoints"], over="base", key="gain")
@@ -74,7 +82,7 @@ def measure(
         curves = results.setdefault("budget", {})
         if name not in curves:
             curves[name] = budget_curve(
-                load(name), tokenizer, problems, config=config, verifiers=verifiers, seed=seed
+                load(name, "float32"), tokenizer, problems, config=config, verifiers=verifiers, seed=seed
             )
             write_json(partial_path, results)
         recorder.step(k, n_steps, {"checkpoint": name, "budgets": config.budgets})

@@ -225,7 +225,7 @@ def run_eval(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
             run.stage_dir(stage),
             config=run.recipe.eval,
             source=run.recipe.data.problems,
-            load=lambda name: run.load(name, "float32"),
+            load=run.load,
             names=names,
             tokenizer=run.tokenizer(),
             verifiers=verifiers,
