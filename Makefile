@@ -31,9 +31,9 @@ setup: $(STAMP)-dev
 
 # A stamp is younger than what it was installed from, or pip runs again.
 $(STAMP)-rl: pyproject.toml constraints.txt
-	@PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" sh .ci/setup $(VENV) rl
+	@PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" sh .ci/setup $(VENV) rl,data
 	@touch $@
 
 $(STAMP)-dev: pyproject.toml constraints.txt
-	@PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" sh .ci/setup $(VENV) rl,dev
+	@PYTHON="$(PYTHON)" PIP_FLAGS="$(PIP_FLAGS)" sh .ci/setup $(VENV) rl,data,dev
 	@touch $@ $(STAMP)-rl

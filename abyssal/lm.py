@@ -31,7 +31,9 @@ class Generated(NamedTuple):
 
 
 class LM:
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, max_batch: int = 64) -> None:
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, *, max_batch: int = 64, invariant: bool = False
+    ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.engine = Engine(
             model,
@@ -39,6 +41,8 @@ class LM:
             max_batch=max_batch,
             record_experts=False,
             vocab_size=tokenizer.vocab_size,
+            invariant=invariant,
+            prefix_cache=invariant,  # else a question asked twice could get two answers, a rounding apart
         )
         self._ended: dict[int, list[int]] = {}  # ids of answers that ended, until their stream has handed them out
 
@@ -58,7 +62,9 @@ class LM:
     def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Generated]:
         """Continue plain text, without the chat template; text that spells a control token stays text."""
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in texts]
+        # as in pretraining, where a document follows the end of another
+        begin = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
+        ids = [[*begin, *self.tokenizer.encode(text)] or [self.tokenizer.eos_id] for text in texts]
         return [
             Generated(self._text(c.ids), c.ids, c.logps, c.finish_reason)
             for c in self.engine.generate(ids, params or SamplingParams())
@@ -93,9 +99,12 @@ class LM:
         return self.tokenizer.decode(ids, skip_special=True)
 
 
-def load(directory: str | Path, *, dtype: str = "float32", device: str = "auto") -> LM:
-    """The model in a Hugging Face directory, ready to generate. Opens weights, config and tokenizer, nothing else."""
+def load(directory: str | Path, *, dtype: str = "float32", device: str = "auto", invariant: bool = False) -> LM:
+    """The model in a Hugging Face directory, ready to generate. Opens weights, config and tokenizer, nothing else.
+
+    `invariant`: an answer is the same to the last bit whatever else is asked, before or at the same time; slower.
+    """
     loaded = load_checkpoint(directory, dtype=dtype, device=device)
     if loaded.tokenizer is None:
         raise FileNotFoundError(f"{directory} has no tokenizer.json: copy the model's tokenizer files into it")
-    return LM(loaded.model, loaded.tokenizer)
+    return LM(loaded.model, loaded.tokenizer, invariant=invariant)

@@ -26,12 +26,14 @@ from rich.text import Text
 
 # What the progress line shows, most telling first: as many as fit between the step and the time left.
 KEY_METRICS = {
-    "reward": "reward", "loss": "loss", "think_share": "think", "length": "len", "held_out_accuracy": "held-out",
-    "held_out_loss": "held-out", "mtp_loss": "mtp", "grad_norm": "grad", "zero_variance_share": "zero-var",
-    "truncated_share": "cut", "entropy": "entropy", "kl": "kl", "mismatch_max": "mismatch", "clip_share": "clip",
-    "max_violation": "maxvio", "lr": "lr", "tokens_per_s": "tok/s", "memory_gb": "GB", "rollout_s": "rollout s",
-    "reward_s": "reward s", "update_s": "update s",
+    "verifier_errors": "undecided", "reward": "reward", "loss": "loss", "think_share": "think", "length": "len",
+    "held_out_accuracy": "held-out", "held_out_loss": "held-out", "mtp_loss": "mtp", "grad_norm": "grad",
+    "zero_variance_share": "zero-var", "truncated_share": "cut", "entropy": "entropy", "kl": "kl",
+    "mismatch_max": "mismatch", "clip_share": "clip", "max_violation": "maxvio", "lr": "lr", "tokens_per_s": "tok/s",
+    "memory_gb": "GB", "rollout_s": "rollout s", "reward_s": "reward s", "update_s": "update s",
+    "documents_per_s": "docs/s", "kept": "kept", "refused": "refused",
 }  # fmt: skip
+ONLY_ABOVE_0 = ("verifier_errors",)  # no word of trouble while there is none
 PLAIN_LINE_EVERY_S = 10.0  # a pipe or a log file gets a line now and then, not a line a step
 REDRAW_EVERY_S = 0.1
 
@@ -101,8 +103,10 @@ class Recorder:
         """Record one readable trace. Without a `step` of its own it belongs to the step recorded last."""
         self._append("samples.jsonl", as_json_line({"step": self._step, **{k: plain(v) for k, v in entry.items()}}))
 
-    def log(self, text: str) -> None:
-        """A remark for log.txt; it does not disturb the progress line."""
+    def log(self, text: str, *, aloud: bool = False) -> None:
+        """A remark for log.txt; `aloud` on the console too, above the progress line."""
+        if aloud:
+            self._console.print(f"[{self.title}] {text}", markup=False, highlight=False, soft_wrap=True)
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         self._append("log.txt", f"{stamp}  {text}\n")
 
@@ -149,8 +153,11 @@ class Recorder:
             tail = f"  {human_time(left_s)} left"
         room = self._console.width - len(line) - len(tail) - 1 if self._live is not None else 120
         for name, label in KEY_METRICS.items():
-            part = f"  {label} {short(entry[name])}" if isinstance(entry.get(name), int | float) else ""
-            if part and len(part) <= room:
+            value = entry.get(name)
+            if not isinstance(value, int | float) or (name in ONLY_ABOVE_0 and not value > 0):
+                continue
+            part = f"  {label} {short(value)}"
+            if len(part) <= room:
                 room -= len(part)
                 line.append(part)
         return line.append(tail, style="dim")

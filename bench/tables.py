@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from abyssal.record import read_steps, seconds_of_work
@@ -26,7 +27,7 @@ ARMS = {
     "student_rl": ("RL by rules", ("student_rl",)),
     "student_opd": ("r1's distribution on its own answers", ("on_policy",)),
 }
-KEPT = ("recipe.toml", "eval/results.json", "eval/traces.json")
+KEPT = ("recipe.toml", "report.html", "eval/results.json", "eval/traces.json")
 
 
 def keep(run_dir: Path) -> None:
@@ -40,44 +41,44 @@ def keep(run_dir: Path) -> None:
         shutil.copy(run_dir / name, target / name)
 
 
-def laptop_table() -> list[str]:
-    source = RESULTS / "laptop"
+def run_table(run: str) -> list[str]:
+    source = RESULTS / run
     checkpoints = json.loads((source / "eval" / "results.json").read_text(encoding="utf-8"))["checkpoints"]
     titles = (
-        "checkpoint",
-        "right",
-        "95 % interval",
-        "thinks",
-        "length",
-        "mixed languages",
-        "MTP guess kept",
-        "parameters",
-    )
+        "checkpoint", "right", "95 % interval", "thinks", "length", "right / length when it thinks", "mixed languages",
+        "MTP guess kept", "parameters",
+    )  # fmt: skip
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, entry in checkpoints.items():
         row = entry["overall"]
+        thinking = (
+            f"{share(row['accuracy_thinking'])} / {row['length_thinking']:.0f}" if "length_thinking" in row else "–"
+        )
         lines.append(
             f"| `{name}` | {share(row['accuracy'])} | {share(row['ci_low'])} to {share(row['ci_high'])} "
-            f"| {share(row['think_share'])} | {row['length']:.0f} tokens | {share(row.get('mixed_share'))} "
+            f"| {share(row['think_share'])} | {row['length']:.0f} tokens | {thinking} "
+            f"| {share(row.get('mixed_share'))} "
             f"| {share(row.get('mtp_acceptance'))} "
             f"| {millions(row['total_params'])}, active {millions(row['active_params'])} |"
         )
-    seconds = {stage: stage_seconds(source, stage) for stage in STAGES if (source / stage).is_dir()}
     first = next(iter(checkpoints.values()))["overall"]
-    times = ", ".join(f"{stage} {value / 60:.1f}" for stage, value in seconds.items())
+    unseen = ", ".join(f"`{name}` {share(e['family']['backward']['accuracy'])}" for name, e in checkpoints.items())
     lines += [
         "",
-        f"{first['n_problems']} problems, {first['k']} answers each at temperature 1, "
-        f"interval by bootstrap over problems. "
-        f"Without set-up the way took {sum(seconds.values()) / 60:.0f} minutes ({times}) on two cores.",
+        f"{first['n_problems']} problems, {first['k']} answers each at temperature 1, interval by bootstrap over "
+        f"problems. {times(source)}",
         "",
-        "The family that no stage trains on (chains from right to left): "
-        + ", ".join(
-            f"`{name}` {share(entry['family']['backward']['accuracy'])}" for name, entry in checkpoints.items()
-        )
-        + ".",
+        f"The family that no stage trains on (chains from right to left; chance is 20 %): {unseen}.",
     ]
     return lines
+
+
+def times(source: Path) -> str:
+    seconds = {stage: stage_seconds(source, stage) for stage in STAGES if (source / stage).is_dir()}
+    threads = json.loads((source / "pretrain" / "done.json").read_text(encoding="utf-8"))["threads"]
+    cores = "one core" if threads == 1 else f"{threads} cores"
+    each = ", ".join(f"{stage} {value / 60:.1f}" for stage, value in seconds.items())
+    return f"Without set-up the way took {sum(seconds.values()) / 60:.0f} minutes ({each}) on {cores}."
 
 
 def stage_seconds(source: Path, stage: str) -> float:
@@ -161,7 +162,13 @@ def main() -> None:
         keep(Path(sys.argv[1]))
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    tables = {"laptop": laptop_table, "arms": arms_table, "budget": budget_table, "bench": bench_table}
+    tables = {
+        "laptop": partial(run_table, "laptop"),
+        "laptop_full": partial(run_table, "laptop_full"),
+        "arms": arms_table,
+        "budget": budget_table,
+        "bench": bench_table,
+    }
     for name, make in tables.items():
         if f"<!-- table: {name} -->" not in text:
             continue

@@ -232,3 +232,38 @@ def test_a_process_of_its_own_ends_with_one_line_and_status_1(home):
     )  # fmt: skip
     assert found.returncode == 1 and found.stdout == ""
     assert re.fullmatch(r"error: \S*changed\.toml: unknown key eval\.problem; .*problems.*\n", found.stderr)
+
+
+TWO = '{"prompt": "a?", "answer": "1"}\n{"prompt": "b?", "answer": "1"}\n'
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "named"),
+    [
+        ("own_train.jsonl", TWO.replace("}\n{", '\n{', 1), "own_train.jsonl:1: not JSON"),
+        ("own_train.jsonl", TWO + '{"prompt": "c?", \n' + TWO, "own_train.jsonl:3: not JSON"),
+        ("own_held_out.jsonl", TWO + '\n{"prompt": "a?", "answer": "2"}\n', "'a?' stands already at own_held"),
+        ("own_sft.jsonl", '{"messages": [{"role": "teacher", "content": "1"}]}\n',
+         "own_sft.jsonl:1: message 1: role 'teacher'; use one of system, user, assistant"),
+    ],
+)  # fmt: skip
+def test_a_line_of_ones_own_data_that_is_wrong_is_named_before_anything_runs(home, fails, file, text, named):
+    (home / file).write_text(text)
+    assert named in fails("run", MICRO)
+    assert not (home / "out" / "micro" / "tokenize").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        ("import no_such_package", "No module named 'no_such_package'"),
+        ("def other(problem, message): return 1", "module own_reward has no function judge"),
+        ("import os; os._exit(2)", "its process died (exit status 2)"),
+    ],
+)
+def test_a_reward_that_cannot_be_used_is_named_before_anything_runs(home, fails, module, why):
+    (home / "own_reward.py").write_text(module + "\n")
+    (home / "own_train.jsonl").write_text('{"prompt": "a?", "answer": "1", "verifier": "own_reward:judge"}\n')
+    said = fails("run", MICRO)
+    assert "verifier 'own_reward:judge': " in said and why in said
+    assert not (home / "out" / "micro" / "tokenize").exists()

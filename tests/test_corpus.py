@@ -1,10 +1,10 @@
 import json
 import random
-from collections import Counter
 
 import pytest
 
-from abyssal.data.corpus import document_ids, documentation, encode_documents, fill_in_the_middle, read_corpus
+from abyssal.data import corpus
+from abyssal.data.corpus import document_ids, documentation, encode_documents, fill_in_the_middle, open_source
 from abyssal.data.held_out import is_held_out
 from abyssal.tokens.bpe import train_bpe
 from abyssal.tokens.tokenizer import Tokenizer
@@ -17,26 +17,20 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two hundred small texts, one of them in a subfolder, and a file that is no text."""
+    """Fifty small texts, one of them in a subfolder, one a program, and a file that is no text."""
     (tmp_path / "sub").mkdir()
-    for i in range(200):
-        (tmp_path / ("sub" if i == 7 else ".") / f"{i}.txt").write_text(f"text {i}\n")
+    for i in range(50):
+        (tmp_path / ("sub" if i == 7 else ".") / f"{i}.{'py' if i == 8 else 'txt'}").write_text(f"text {i}\n")
     (tmp_path / "photo.png").write_bytes(b"\x89PNG")
     return tmp_path
 
 
-def texts(source, **options):
-    return [document.text for document in read_corpus(str(source), **{"max_bytes": 10**6, "seed": 0} | options)]
-
-
-def test_the_two_sides_of_the_split_make_the_whole_and_share_nothing(folder):
-    train, held_out = texts(folder), texts(folder, split="held_out")
-    assert sorted(train + held_out) == sorted(f"text {i}\n" for i in range(200))
-    assert all(is_held_out(text) for text in held_out) and not any(is_held_out(text) for text in train)
-    assert 2 <= len(held_out) <= 20  # five in a hundred, of two hundred
+def texts(source, seed=0):
+    return [document.text for document in open_source(str(source), seed=seed).documents()]
 
 
 def test_the_order_is_the_seeds(folder):
+    assert sorted(texts(folder)) == sorted(f"text {i}\n" for i in range(50))
     assert texts(folder) == texts(folder)
     assert texts(folder) != texts(folder, seed=1)
     assert sorted(texts(folder)) == sorted(texts(folder, seed=1))
@@ -48,27 +42,27 @@ def test_a_new_file_moves_no_other(folder):
     assert [text for text in texts(folder) if text != "one more"] == before
 
 
-def test_reading_stops_with_the_document_that_reaches_the_limit(folder):
-    read = texts(folder, max_bytes=20)  # documents of 7 to 9 bytes
-    assert read == texts(folder)[:3]
+def test_a_program_is_code_and_the_rest_prose(folder):
+    kinds = {document.name: document.kind for document in open_source(str(folder), seed=0).documents()}
+    assert [name for name, kind in kinds.items() if kind == "code"] == [f"{folder.name}/8.py"]
 
 
 def test_reading_is_a_stream(folder):
-    first = next(read_corpus(str(folder), max_bytes=10**6, seed=0))
-    for path in folder.rglob("*.txt"):
+    source = open_source(str(folder), seed=0)
+    assert source.n_bytes == sum(len(f"text {i}\n") for i in range(50))
+    documents = source.documents()
+    first = next(documents)
+    for path in folder.rglob("*.*"):
         path.unlink()  # nothing beyond the first document has been opened yet
     assert first.text.startswith("text ")
-
-
-def test_the_same_text_is_read_once(folder):
-    (folder / "copy.txt").write_text("text 3\n")
-    assert Counter(texts(folder))["text 3\n"] == 1
+    with pytest.raises(FileNotFoundError):
+        next(documents)
 
 
 def test_a_long_file_becomes_several_documents_cut_between_lines(tmp_path):
     lines = [f"line {i}\n" for i in range(300_000)]
     (tmp_path / "long.txt").write_text("".join(lines))
-    pieces = texts(tmp_path, max_bytes=10**9, held_out_share=0)
+    pieces = texts(tmp_path)
     assert len(pieces) > 2 and "".join(pieces) == "".join(lines)
     assert all(piece.endswith("\n") and len(piece) <= 1 << 20 for piece in pieces)
 
@@ -77,7 +71,7 @@ def test_jsonl_is_read_line_by_line_alone_or_in_a_folder(tmp_path):
     path = tmp_path / "docs.jsonl"
     path.write_text("\ufeff" + "\n".join(json.dumps({"text": f"doc {i}", "id": i}) for i in range(9)) + "\n\n")
     want = [f"doc {i}" for i in range(9)]
-    assert texts(path, held_out_share=0) == texts(tmp_path, held_out_share=0) == want
+    assert texts(path) == texts(tmp_path) == want
 
 
 @pytest.mark.parametrize(
@@ -91,7 +85,7 @@ def test_jsonl_is_read_line_by_line_alone_or_in_a_folder(tmp_path):
 )
 def test_a_broken_line_is_named(tmp_path, line, message):
     path = tmp_path / "docs.jsonl"
-    path.write_text(f'{{"text": "a"}}\n\n{line}\n')
+    path.write_text(f'{{"text": "a"}}\n\n{line}\n{{"text": "b"}}\n')
     with pytest.raises(ValueError, match=message):
         texts(path)
 
@@ -107,38 +101,34 @@ def test_bytes_that_are_not_text_are_named(tmp_path):
 
 def test_half_a_character_in_jsonl_does_not_stop_the_corpus(tmp_path):
     (tmp_path / "docs.jsonl").write_text('{"text": "ab\\ud83d"}')
-    assert texts(tmp_path / "docs.jsonl", held_out_share=0) == ["ab?"]
+    assert texts(tmp_path / "docs.jsonl") == ["ab?"]
 
 
 def test_a_source_without_text_is_an_error_before_any_work(tmp_path):
-    with pytest.raises(FileNotFoundError, match='does not exist; name a folder, a .jsonl file, or "python"'):
-        read_corpus(str(tmp_path / "nowhere"), max_bytes=1, seed=0)
+    with pytest.raises(FileNotFoundError, match='does not exist; name a folder, a .jsonl file, "python", "docs"'):
+        open_source(str(tmp_path / "nowhere"), seed=0)
     with pytest.raises(ValueError, match="has no text file"):
-        read_corpus(str(tmp_path), max_bytes=1, seed=0)
+        open_source(str(tmp_path), seed=0)
     (tmp_path / "blank.txt").write_text(" \n")
-    with pytest.raises(ValueError, match="holds no text; add documents"):
-        texts(tmp_path)
     with pytest.raises(ValueError, match="neither a folder nor a .jsonl file"):
-        read_corpus(str(tmp_path / "blank.txt"), max_bytes=1, seed=0)
-    with pytest.raises(ValueError, match="max_bytes=0 leaves no text"):
-        read_corpus(str(tmp_path), max_bytes=0, seed=0)
-
-
-def test_a_corpus_that_is_all_held_out_says_so(tmp_path):
-    unlucky = next(f"text {i}" for i in range(1000) if is_held_out(f"text {i}"))
-    (tmp_path / "a.txt").write_text(unlucky)
-    with pytest.raises(ValueError, match="all 1 documents .* are held out"):
-        texts(tmp_path)
+        open_source(str(tmp_path / "blank.txt"), seed=0)
 
 
 def test_this_python_is_a_corpus():
-    documents = list(read_corpus("python", max_bytes=300_000, seed=0))
-    assert sum(len(document.text.encode()) for document in documents) >= 300_000
+    def some():
+        n_bytes = 0
+        for document in open_source("python", seed=0).documents():
+            yield document
+            n_bytes += len(document.text.encode())
+            if n_bytes >= 300_000:
+                return
+
+    documents = list(some())
     assert len({document.name for document in documents}) == len(documents)  # a file is read in one form only
     assert not any("/tests/" in document.name for document in documents)
     assert {document.name.partition("/")[0] for document in documents} <= {"stdlib", "site"}
-    again = [document.name for document in read_corpus("python", max_bytes=300_000, seed=0)]
-    assert again == [document.name for document in documents]
+    assert {document.kind for document in documents} == {"prose", "code"}
+    assert [document.name for document in some()] == [document.name for document in documents]
 
 
 def test_documentation_strings_make_a_page():
@@ -206,6 +196,20 @@ def test_many_at_once_equal_one_by_one(tokenizer):
     rng = random.Random(3)
     one_by_one = [document_ids(text, tokenizer, rng, 0.5) for text in documents]
     assert list(encode_documents(documents, tokenizer, random.Random(3), 0.5)) == one_by_one
+
+
+def test_texts_are_encoded_a_few_at_a_time(tokenizer, monkeypatch):
+    """An encoded text takes a hundred times its memory: what is read ahead is bounded in characters, too."""
+    monkeypatch.setattr(corpus, "BATCH_CHARS", 4_000)
+    read = []
+
+    def long_texts():
+        for i in range(10):
+            read.append(i)
+            yield "the quick brown fox " * 60  # 1,200 characters
+
+    next(encode_documents(long_texts(), tokenizer, random.Random(0), 0.0))
+    assert read == [0, 1, 2, 3]  # 4,800 of them
 
 
 def test_a_rate_that_is_no_share_is_refused(tokenizer):

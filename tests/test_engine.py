@@ -84,7 +84,7 @@ def test_answers_to_one_prompt_share_it_and_equal_separate_ones(n_prompt):
 def counted_prefills(engine):
     """Batch sizes of all prefills from now on."""
     counts, prefill = [], engine._runner.prefill
-    engine._runner.prefill = lambda prompts, blocks: counts.append(len(prompts)) or prefill(prompts, blocks)
+    engine._runner.prefill = lambda chunks: counts.append(len(chunks)) or prefill(chunks)
     return counts
 
 
@@ -354,10 +354,11 @@ ACTIONS = st.lists(st.one_of(
 
 
 @settings(max_examples=40, deadline=None)
-@given(ACTIONS, st.integers(7, 12))
-def test_random_arrivals_and_aborts_leak_no_block_and_change_no_token(actions, n_blocks):
+@given(ACTIONS, st.integers(7, 12), st.booleans(), st.sampled_from([None, 1, 5]))
+def test_random_arrivals_and_aborts_leak_no_block_and_change_no_token(actions, n_blocks, prefix_cache, prefill_chunk):
     model = small_model(num_hidden_layers=2)
-    engine = Engine(model, eos_ids=[7], n_blocks=n_blocks, block_size=4, max_batch=3)
+    engine = Engine(model, eos_ids=[7], n_blocks=n_blocks, block_size=4, max_batch=3, prefix_cache=prefix_cache,
+                    prefill_chunk=prefill_chunk)
     prompts = random_prompts([1, 4, 4, 7])
     added, finished = {}, []
     for action, n, max_tokens in actions:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from small_models import small_model
 import abyssal
 from abyssal import LM, Message, SamplingParams
 from abyssal.checkpoint.save import save_checkpoint
+from abyssal.data.corpus import document_ids
 from abyssal.tokens.bpe import train_bpe
 from abyssal.tokens.chat import parse, render
 from abyssal.tokens.tokenizer import Tokenizer
@@ -62,7 +66,7 @@ def test_generate_returns_text_ids_log_probabilities_and_the_reason(lm: LM):
     for prompt, found in (("one plus", first), ("name a", second)):
         assert found.finish_reason == "length" and len(found.ids) == len(found.logps) == 5
         assert found.text == lm.tokenizer.decode(found.ids, skip_special=True)
-        ids = [lm.tokenizer.bos_id, *lm.tokenizer.encode(prompt), *found.ids]
+        ids = [*lm.tokenizer.encode(prompt), *found.ids]
         logp_TV = lm.logits([ids[:-1]])[0].log_softmax(-1)
         want = logp_TV[-5:].gather(-1, torch.tensor(found.ids)[:, None])[:, 0]
         assert found.logps == pytest.approx(want.tolist(), abs=1e-5)
@@ -78,10 +82,44 @@ def test_an_answer_that_ends_says_so(lm: LM):
 
 def test_greedy_is_the_most_likely_token_each_time(lm: LM):
     (found,) = lm.generate("name", SamplingParams(max_tokens=4, temperature=0.0))
-    ids = [lm.tokenizer.bos_id, *lm.tokenizer.encode("name")]
+    ids = lm.tokenizer.encode("name")
     for token in found.ids:
         assert token == int(lm.logits([ids])[0, -1].argmax())
         ids.append(token)
+
+
+def test_plain_text_begins_as_documents_did_in_pretraining(lm: LM, directory: Path, tmp_path: Path):
+    ids = lm.tokenizer.encode("one plus two")
+    as_trained = document_ids("one plus two", lm.tokenizer, random.Random(0), fim_rate=0.0)
+    assert as_trained == [*ids, lm.tokenizer.eos_id]
+    assert prompts_of(lm, ["one plus two", ""]) == [ids, [lm.tokenizer.eos_id]]  # a document follows another's end
+    # official checkpoints say that theirs began with the begin token
+    other = tmp_path / "official"
+    shutil.copytree(directory, other)
+    settings = json.loads((other / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (other / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}), encoding="utf-8")
+    assert prompts_of(abyssal.load(other), ["one plus two", ""]) == [[lm.tokenizer.bos_id, *ids], [lm.tokenizer.bos_id]]
+
+
+def prompts_of(lm: LM, texts: list[str]) -> list[list[int]]:
+    """What the engine is asked when these are to be continued."""
+    seen: list[list[int]] = []
+    generate = lm.engine.generate
+    lm.engine.generate = lambda prompts, how: seen.extend(prompts) or generate(prompts, how)  # type: ignore
+    lm.generate(texts, SamplingParams(max_tokens=1))
+    lm.engine.generate = generate  # type: ignore
+    return seen
+
+
+def test_an_invariant_one_answers_alike_whatever_it_was_asked_before(directory: Path):
+    lm = abyssal.load(directory, invariant=True)
+    params = SamplingParams(max_tokens=8, seed=1)
+    first = lm.generate("one plus two is three", params)
+    many = lm.generate(["one plus two is three", *(f"name {i}" for i in range(9))], params)
+    assert lm.engine.prefix_stats.n_found == 0  # a prompt shorter than a block
+    assert many[0] == first[0] == lm.generate("one plus two is three", params)[0]
+    long = "one plus two is three " * 4
+    assert lm.generate(long, params) == lm.generate(long, params) and lm.engine.prefix_stats.n_found > 0
 
 
 def test_chat_returns_thinking_and_content_apart(lm: LM):
@@ -164,11 +202,11 @@ def test_control_tokens_that_a_user_types_stay_text(lm: LM, monkeypatch: pytest.
     lm.chat([Message(role="user", content=typed)], SamplingParams(max_tokens=1))
     plain, chatted = seen
     control = lm.tokenizer.control_ids
-    assert [i for i in plain if i in control] == [lm.tokenizer.bos_id]
+    assert not [i for i in plain if i in control]
     assert [i for i in chatted if i in control] == [
         lm.tokenizer.bos_id, lm.tokenizer.user_id, lm.tokenizer.assistant_id,
     ]  # fmt: skip
-    assert lm.tokenizer.decode(plain[1:]) == typed
+    assert lm.tokenizer.decode(plain) == typed
 
 
 def test_a_directory_without_tokenizer_says_what_to_do(directory: Path, tmp_path: Path):

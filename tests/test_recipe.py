@@ -40,7 +40,11 @@ def test_the_round_trip_keeps_what_is_hard_to_spell(tmp_path: Path):
     recipe = recipe_of(
         run={"name": 'a "quoted" \\ name', "out": "größer/所以"},
         zero={"lr": 1e-05, "dynamic_sampling": True, "grpo": {"kl_weight": 0}},
-        data={"problems": {"families": {"chain": 1, "reasoning_gym:gcd": 0.5}, "levels_of": {"chain": [2, 9]}}},
+        data={
+            "mix": {"python": 0.5, "debian:git-doc,perl-doc": 0.3, "/größer/texts": 1},
+            "clean": {"languages": ["en", "zh"], "near_duplicates": 0},
+            "problems": {"families": {"chain": 1, "reasoning_gym:gcd": 0.5}, "levels_of": {"chain": [2, 9]}},
+        },
     )
     scaling = RopeScaling(kind="yarn", factor=4.0)
     recipe = replace(recipe, model=ModelConfig(**MODEL | {"rope_scaling": scaling}))
@@ -48,6 +52,7 @@ def test_the_round_trip_keeps_what_is_hard_to_spell(tmp_path: Path):
     assert recipe.data.problems == ProblemSource(
         families={"chain": 1.0, "reasoning_gym:gcd": 0.5}, levels_of={"chain": (2, 9)}
     )
+    assert recipe.data.clean.languages == ("en", "zh") and list(recipe.data.mix)[2] == "/größer/texts"
     assert type(recipe.zero.grpo.kl_weight) is float  # a whole number is welcome where a fraction is meant
 
 
@@ -65,6 +70,9 @@ def test_the_round_trip_keeps_what_is_hard_to_spell(tmp_path: Path):
         ({"pretrain": 5}, "pretrain=5 must be a table"),
         ({"zero": {"preference_share": 0.1}}, "zero.preference_share=0.1: rules alone reward zero"),
         ({"data": {"problems": {"levels": [1]}}}, r"data.problems.levels=\[1\] must be a list of 2 values"),
+        ({"data": {"clean": {"languages": "en"}}}, "data.clean.languages='en' must be a list"),
+        ({"data": {"clean": {"languages": [1]}}}, "data.clean.languages=1 must be of type str"),
+        ({"data": {"mix": {"docs": -1.0}}}, "data.mix gives docs the weight -1.0"),
         ({"data": {"problems": {"levels_of": {"chain": ["1", 2]}}}}, "levels_of.chain='1' must be of type int"),
         ({"model": {k: v for k, v in MODEL.items() if k != "hidden_size"}}, "model.hidden_size is missing"),
         ({"model": MODEL | {"head_dim": 7}}, "rotary width of 7 is odd"),

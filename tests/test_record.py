@@ -158,3 +158,22 @@ def test_seconds_of_work_are_those_of_the_steps_without_the_measuring(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(steps)
     assert seconds_of_work(read_steps(tmp_path / "metrics.jsonl")) == 5.0
     assert read_steps(tmp_path / "nothing.jsonl") == [] and seconds_of_work([]) == 0
+
+
+def test_trouble_is_shown_first_and_only_while_there_is_some(tmp_path):
+    out, clock = io.StringIO(), Clock()
+    with Recorder(tmp_path, "zero", 3, 9, console=Console(file=out), clock=clock) as recorder:
+        for step, n in enumerate((0.0, 3.0, 0.0)):
+            clock.now += 60.0
+            recorder.step(step, 3, {"reward": 0.5, "verifier_errors": n})
+    first, second, third, last = out.getvalue().splitlines()
+    assert "1/3  reward 0.50" in first and "2/3  undecided 3  reward 0.50" in second and "3/3  reward" in third
+
+
+def test_what_is_said_aloud_stands_on_the_console_and_in_the_log(tmp_path):
+    out = io.StringIO()
+    with Recorder(tmp_path, "zero", 3, 9, console=Console(file=out)) as recorder:
+        recorder.log("threads [1] -> [2]", aloud=True)
+        recorder.log("quietly")
+    assert out.getvalue() == "[3/9 zero] threads [1] -> [2]\n"
+    assert "threads [1] -> [2]" in (tmp_path / "log.txt").read_text()

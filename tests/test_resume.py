@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,11 @@ from abyssal.checkpoint.resume import TrainerState, drop_trainer, has_trainer, l
 from abyssal.checkpoint.save import load_checkpoint, save_checkpoint
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
+from abyssal.stages.state import TrainState, resume_state, save_state
+from abyssal.tokens.bpe import train_bpe
+from abyssal.tokens.tokenizer import Tokenizer
 
+STATE = {"step": 2, "tokens": 8, "extra": {}}
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, kv_lora_rank=8,
     qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
@@ -176,3 +182,38 @@ def test_another_recipe_cannot_resume(tmp_path: Path):
     wider = Transformer(ModelConfig(**(vars(CONFIG) | {"intermediate_size": 48})))
     with pytest.raises(ValueError, match="belongs to another model.*mlp"):
         load_trainer(tmp_path, model=wider, optimizers=optimizers)
+
+
+def test_a_resume_clears_what_a_killed_swap_left(tmp_path: Path):
+    """Killed behind the last save, a stage has nothing more to save: the old checkpoint would stay for good."""
+    checkpoint, old, new = (tmp_path / f"checkpoint{ending}" for ending in ("", ".old", ".new"))
+    model, optimizers, _ = trained(1)
+    save_checkpoint(checkpoint, model, None, trainer=TrainerState(optimizers=optimizers, state=STATE))
+    for litter in (old, new):
+        litter.mkdir()
+        (litter / "config.json").write_text("{")
+    assert resume_state(checkpoint, TrainState(model, optimizers))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    os.rename(checkpoint, old)  # killed between the two renames
+    new.mkdir()
+    assert resume_state(checkpoint, TrainState(model, optimizers))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_resume_elsewhere_says_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, optimizers, _ = trained(1)
+    state = TrainState(model, optimizers, step=3)
+    tokenizer = Tokenizer(train_bpe(["a b"] * 3, vocab_size=280))
+    save_state(tmp_path, state, tokenizer)
+    assert resume_state(tmp_path, state) and state.remark == ""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "__version__", "1.0")
+    assert resume_state(tmp_path, state) and state.step == 3
+    assert re.fullmatch(r"resumed elsewhere \(torch .* -> 1.0, threads 1 -> 64\): the last bits .*", state.remark)
+
+
+def test_a_checkpoint_from_before_that_was_written_down_resumes(tmp_path: Path):
+    model, optimizers, _ = trained(1)
+    save_checkpoint(tmp_path, model, None, trainer=TrainerState(optimizers=optimizers, state=STATE))
+    state = TrainState(model, optimizers)
+    assert resume_state(tmp_path, state) and state.remark == "" and state.step == 2

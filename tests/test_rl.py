@@ -7,9 +7,8 @@ import itertools
 import json
 import math
 import re
-import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from abyssal.evals.grade import Grade, error_reasons, summary
 from abyssal.model.transformer import Transformer
 from abyssal.record import Recorder, read_steps
 from abyssal.reward.open_request import heads_of
+from abyssal.reward.own_reward import OwnReward
 from abyssal.reward.verifiers import Verifiers
 from abyssal.stages.policy_update import GrpoConfig
 from abyssal.stages.preference_judge import Judge, is_request
@@ -123,12 +123,23 @@ def model_of(tokenizer: Tokenizer, *, padding: int = 0) -> Transformer:
 
 
 @pytest.fixture
-def judge() -> Iterator[types.ModuleType]:
-    """A module of the user's own with a verifier; what it decides is set by the test."""
-    module = types.ModuleType("judge_of_a_test")
-    sys.modules[module.__name__] = module
-    yield module
-    del sys.modules[module.__name__]
+def judge(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """A verifier of the user's own, called here and not in a worker; what it decides is set by the test."""
+    module = types.SimpleNamespace()
+
+    def scores(own: OwnReward, asked: Sequence[tuple[Problem, Message]]) -> list[Score]:
+        return [score_of(module.judge, problem, message) for problem, message in asked]
+
+    monkeypatch.setattr(OwnReward, "scores", scores)
+    return module
+
+
+def score_of(judge: Callable[[Problem, Message], float | Score], problem: Problem, message: Message) -> Score:
+    try:
+        value = judge(problem, message)
+    except RuntimeError as error:
+        return Score(None, f"raised: judge_of_a_test:judge: RuntimeError: {error}")
+    return value if isinstance(value, Score) else Score(float(value))
 
 
 def problems_judged(n: int) -> tuple[Problem, ...]:
@@ -155,12 +166,39 @@ def test_a_verifier_that_raises_is_counted_and_never_a_zero(judge, tokenizer, tm
     judge.judge = broken
     groups, _ = draw(tokenizer, RlConfig(problems=2, answers=3))
     assert groups.rewards_PG.isnan().all() and not groups.valid_PG.any()
-    assert summary(groups.grades)["verifier_errors"] == 6
+    assert summary(groups.grades)["verifier_errors"] == summary(groups.grades)["undecided_raised"] == 6
     assert learnable(groups, divide_by_std=True) == ([], [])
     with Recorder(tmp_path, "zero", 1, 1) as recorder:
         report_step(recorder, groups, 0)
     log = (tmp_path / "log.txt").read_text()
     assert "could not decide 6 answers" in log and "RuntimeError: no idea" in log
+
+
+def test_a_step_of_mostly_undecided_answers_stops_the_stage_and_is_decided_anew_when_the_verifier_was_mended(
+    judge, tokenizer, tmp_path: Path
+):
+    def broken(problem: Problem, message: Message) -> float:
+        raise RuntimeError("no idea")
+
+    judge.judge = lambda problem, message: float(len(message.content) < 4)
+    walk_rl(tmp_path, tokenizer, steps=2)
+    judge.judge = broken
+    why = r"step 2: (\d+) of 12 answers are undecided, most often \(\1\) 'raised: judge_of_a_test:judge: RuntimeError"
+    with pytest.raises(ValueError, match=why + ": no idea'.* from its last checkpoint .*max_undecided=0.01") as stopped:
+        walk_rl(tmp_path, tokenizer, steps=4, max_undecided=0.01)
+    assert "\n" not in str(stopped.value)
+    judge.judge = lambda problem, message: float(len(message.content) < 4)
+    walk_rl(tmp_path, tokenizer, steps=4, max_undecided=0.0)
+    assert [entry["step"] for entry in metrics_of(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_a_few_undecided_answers_do_not_stop_the_stage_and_are_counted_by_reason(judge, tokenizer, tmp_path: Path):
+    late = Score(None, "timeout: j: late")
+    judge.judge = lambda problem, message: late if len(message.content) % 2 else Score(1.0)
+    walk_rl(tmp_path, tokenizer, steps=2, max_undecided=1.0)
+    metrics = metrics_of(tmp_path)
+    assert sum(entry["verifier_errors"] for entry in metrics) > 0
+    assert all(entry["verifier_errors"] == entry.get("undecided_timeout", 0.0) for entry in metrics)
 
 
 def right_and_wrong_from(first: int) -> Callable[[Problem, Message], Score]:
@@ -224,7 +262,7 @@ def walk_rl(
         warmup=1, lr=1e-3, reference_every=3, seconds=seconds, grpo=GrpoConfig(kl_weight=0.01, minibatches=2),
     )  # fmt: skip
     config = RlConfig(**(options | changes))
-    with Verifiers() as verifiers:
+    with Verifiers() as verifiers, verifiers.recorded_in(directory / "verdicts.jsonl"):
         return reinforce(
             directory,
             config=config,

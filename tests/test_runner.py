@@ -4,10 +4,15 @@ import torch
 from small_models import KINDS, random_prompts, small_model
 
 from abyssal.engine.runner import Runner
+from abyssal.engine.sequence import Chunk
 
 
 def runner(model, **changes):
     return Runner(model, **{"n_blocks": 20, "block_size": 4, "record_experts": True} | changes)
+
+
+def whole(prompt, blocks):
+    return Chunk(np.array(prompt), 0, np.array(blocks))
 
 
 def plain_logits(model, ids):
@@ -27,7 +32,7 @@ def test_prefill_then_decode_equal_a_forward_without_a_cache(kind):
     run = runner(model)
     first, second = random_prompts([9, 3])
     tables = [np.array([7, 2, 5, 0]), np.array([3, 0, 0, 0])]
-    logits_BV = run.prefill([np.array(first), np.array(second)], [tables[0][:3], tables[1][:1]])
+    logits_BV = run.prefill([whole(first, tables[0][:3]), whole(second, tables[1][:1])])
     assert torch.allclose(logits_BV, torch.stack([plain_logits(model, p)[-1] for p in (first, second)]), atol=1e-5)
     for new in range(3):
         first, second = [*first, 10 + new], [*second, 20 + new]
@@ -42,7 +47,7 @@ def test_a_forked_sequence_continues_on_its_copy():
     model = small_model()
     run = runner(model)
     [prompt] = random_prompts([6])
-    run.prefill([np.array(prompt)], [np.array([1, 2])])
+    run.prefill([whole(prompt, [1, 2])])
     run.copy_blocks([2], [9])
     # the sibling goes on in block 2; the fork, whose last block is 9, does not see it
     run.decode(np.array([11]), np.array([6]), np.array([[1, 2]]))
@@ -55,7 +60,7 @@ def test_the_context_may_be_wider_than_a_sequence_needs():
     model = small_model()
     run = runner(model)
     [prompt] = random_prompts([6])
-    run.prefill([np.array(prompt)], [np.array([4, 8])])
+    run.prefill([whole(prompt, [4, 8])])
     narrow = run.decode(np.array([5]), np.array([6]), np.array([[4, 8]]))
     wide = run.decode(np.array([5]), np.array([6]), np.array([[4, 8, 0, 0, 0]]))
     assert torch.allclose(narrow, wide, atol=1e-6)

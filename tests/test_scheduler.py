@@ -9,9 +9,9 @@ from abyssal.types import SamplingParams
 BLOCK = 4
 
 
-def scheduler(*, n_blocks=20, n_rows=4, prefill_tokens=1000):
+def scheduler(*, n_blocks=20, n_rows=4, prefill_tokens=1000, **changes):
     return Scheduler(pool=BlockPool(n_blocks), rows=Rows(n_rows=n_rows, max_length=32, max_blocks=8), block_size=BLOCK,
-                     prefill_tokens=prefill_tokens)
+                     prefill_tokens=prefill_tokens, **changes)
 
 
 def add(s, prompt, *, request_id=0):
@@ -39,7 +39,7 @@ def test_siblings_share_full_blocks_and_own_their_last():
     tables = [blocks_of(s, x) for x in (first, second, third)]
     assert len({t[0] for t in tables}) == 1
     assert len({t[1] for t in tables}) == 3
-    prefix, blocks = admission.prefills[0]
+    _, (_, _, blocks) = admission.prefills[0]
     assert tables[2] == blocks.tolist()  # the last one needs no copy
     assert admission.copy_from == [blocks[1]] * 2
     assert admission.copy_to == [tables[0][1], tables[1][1]]

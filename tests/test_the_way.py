@@ -45,10 +45,10 @@ from pathlib import Path
 
 
 def short(problem, message):
-    """Right if short. With KILL_IN set, the process dies while it grades the step after three recorded ones."""
+    """Right if short. With KILL_IN set, who asks dies while it grades the step after three recorded ones."""
     metrics = Path(os.environ["KILL_IN"]) if "KILL_IN" in os.environ else None
     if metrics is not None and metrics.exists() and metrics.read_text().count("\\n") == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getppid(), signal.SIGKILL)
     return float(len(message.content) < 10)
 '''
 
@@ -169,18 +169,6 @@ def test_a_killed_stage_goes_on_from_its_last_checkpoint(walked: Walked, stage: 
     assert steps == list(range(n_steps))  # each once, none missing
     if stage == "zero":
         assert [entry["step"] for entry in walked.lines("zero/samples.jsonl")] == list(range(n_steps))
-
-
-def test_an_interrupted_pretraining_ends_in_the_bits_of_one_that_was_not(walked: Walked):
-    finish(walked.home, "tokenize", str(MICRO), "--run.name", "whole")
-    finish(walked.home, "pretrain", str(MICRO), "--run.name", "whole")
-    whole = walked.home / "out" / "whole"
-    for file in ("tokenize/train/tokens-00000.bin", "pretrain/checkpoint/model.safetensors"):
-        assert (whole / file).read_bytes() == (walked.run / file).read_bytes(), file
-    numbers = ("step", "loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation", "tokens", "lr")
-    uninterrupted = [json.loads(line) for line in (whole / "pretrain" / "metrics.jsonl").read_text().splitlines()]
-    for entry, other in zip(walked.lines("pretrain/metrics.jsonl"), uninterrupted, strict=True):
-        assert [entry[name] for name in numbers] == [other[name] for name in numbers]
 
 
 def test_a_second_run_finds_everything_done(walked: Walked):

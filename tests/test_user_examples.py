@@ -109,3 +109,11 @@ def test_a_missing_or_empty_file_is_an_error(tmp_path, read):
         read(tmp_path / "mine.jsonl")
     with pytest.raises(ValueError, match="mine.jsonl holds no"):
         read(file_of(tmp_path, ""))
+
+
+def test_a_problem_that_stands_twice_is_named_with_both_lines_where_it_must_not(tmp_path):
+    again = {"prompt": "two and two?", "answer": "4", "key": "2+2?"}
+    path = file_of(tmp_path, {"prompt": "2+2?", "answer": "4"}, "", {"prompt": "1+1?", "answer": "2"}, again)
+    assert len(read_user_problems(path)) == 3
+    with pytest.raises(ValueError, match=r"mine.jsonl:4: '2\+2\?' stands already at .*mine.jsonl:1; take"):
+        read_user_problems(path, distinct=True)

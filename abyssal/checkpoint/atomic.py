@@ -19,16 +19,22 @@ def find_directory(path: Path) -> Path:
     return old if not path.exists() and old.is_dir() else path
 
 
+def finish_swap(path: Path) -> None:
+    """Put right what a killed writer left: a directory half filled, or one whose swap was cut in two or not cleared."""
+    new, old = _sibling(path, "new"), _sibling(path, "old")
+    if not path.exists() and old.exists():
+        os.rename(old, path)
+    for left in (old, new):
+        if left.exists():
+            shutil.rmtree(left)
+
+
 @contextmanager
 def replace_directory(path: Path) -> Iterator[Path]:
     """An empty directory to fill; it takes `path`'s place when the block ends well and vanishes when it does not."""
     new, old = _sibling(path, "new"), _sibling(path, "old")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() and old.exists():
-        os.rename(old, path)
-    shutil.rmtree(old, ignore_errors=True)
-    if new.exists():  # a writer was killed half-way
-        shutil.rmtree(new)
+    finish_swap(path)
     new.mkdir()
     try:
         yield new

@@ -1,132 +1,75 @@
-"""Documents for pretraining: from this Python installation, a folder, or a JSONL file, as text and then as ids.
+"""Where pretraining text comes from, by name: this Python installation, a folder, a JSONL, documentation, packages.
 
-Owns reading order, the held-out split of documents and fill-in-the-middle. Does not own packing (pack.py, loader.py).
+Owns finding and reading; and fill-in-the-middle, by which a text becomes ids. Does not own what is fit to train on
+(clean.py), the held-out split (document_store.py) or packing (pack.py, loader.py).
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
 import os
 import random
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
+from abyssal.data.debian import debian_source
+from abyssal.data.documents import CODE, PROSE, Document, Source, in_seeded_order, kind_of, pieces_of
 from abyssal.data.held_out import is_held_out
+from abyssal.data.installed_docs import docs_source
 from abyssal.data.jsonl import read_jsonl
 from abyssal.tokens.tokenizer import Tokenizer
 
-Split = Literal["train", "held_out"]
-
-PROSE = ".txt .text .md .markdown .rst .tex .html .org"
-CODE = ".py .c .h .cc .cpp .hpp .cu .rs .go .java .kt .js .ts .rb .lua .sh"
-READABLE = frozenset(f"{PROSE} {CODE} .jsonl".split())
+READABLE = PROSE | CODE | {".jsonl"}
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "test", "tests", "testing", "idle_test"})
-PIECE_CHARS = 1 << 20  # a longer file becomes several documents, so that reading stays a stream
 INSTALLED_BYTES = range(200, 300_000)  # below: empty packages; above: generated tables
 PROSE_CHARS = 400  # documentation strings that make a page
+BATCH_TEXTS, BATCH_CHARS = 256, 1 << 22  # encoded at a time: an encoded text takes a hundred times its memory
 
 
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    """One text; `name` says where it came from."""
+def open_source(name: str, *, seed: int) -> Source:
+    """A source by its name in a recipe. Its files come in an order that depends on `seed` and their names alone.
 
-    text: str
-    name: str
-
-
-def read_corpus(
-    source: str,
-    *,
-    max_bytes: int,
-    seed: int,
-    split: Split = "train",
-    held_out_share: float = 0.05,
-) -> Iterator[Document]:
-    """Stream the documents of one side of the split until `max_bytes` are reached (the last one is not cut).
-
-    `source` is "python" (source, documentation strings and readmes of this installation), a folder of text and JSONL
-    files, or one JSONL file with {"text": ...}. Files come in an order that depends on `seed` and their names alone;
-    a text that was seen before is left out.
+    "python": source, documentation strings and readmes of this installation. "docs": the documentation installed on
+    this machine. "debian:NAME,NAME": packages, fetched and unpacked, not installed. Else a folder of text and JSONL
+    files, or one JSONL file with {"text": ...} on each line (write ./docs for a folder of that name).
     """
-    if max_bytes <= 0:
-        raise ValueError(f"max_bytes={max_bytes} leaves no text; give a positive number of bytes")
-    path = Path(source)
-    if source == "python":
-        documents = _installed_documents(seed)
-    elif path.is_dir():
-        documents = _folder_documents(path, seed)
-    elif not path.exists():
-        raise FileNotFoundError(f'corpus {source} does not exist; name a folder, a .jsonl file, or "python"')
-    elif path.suffix == ".jsonl":
-        documents = _jsonl_documents(path)
-    else:
-        raise ValueError(f"corpus {source} is neither a folder nor a .jsonl file; name its folder")
-    return _one_side(documents, source, max_bytes=max_bytes, split=split, share=held_out_share)
+    path = Path(name)
+    if name == "python":
+        return _python_source(seed)
+    if name == "docs":
+        return docs_source(seed)
+    if name.startswith("debian:"):
+        return debian_source(name, seed)
+    if path.is_dir():
+        return _folder_source(name, path, seed)
+    if not path.exists():
+        raise FileNotFoundError(
+            f'corpus {name} does not exist; name a folder, a .jsonl file, "python", "docs" or "debian:PACKAGE"'
+        )
+    if path.suffix != ".jsonl":
+        raise ValueError(f"corpus {name} is neither a folder nor a .jsonl file; name its folder")
+    return Source(name=name, n_bytes=path.stat().st_size, documents=partial(_jsonl_documents, path))
 
 
-def _one_side(
-    documents: Iterable[Document], source: str, *, max_bytes: int, split: Split, share: float
-) -> Iterator[Document]:
-    seen: set[bytes] = set()
-    n_bytes = 0
-    for document in documents:
-        raw = document.text.encode()
-        digest = hashlib.blake2b(raw, digest_size=16).digest()
-        if not raw.strip() or digest in seen:
-            continue
-        seen.add(digest)
-        if is_held_out(document.text, share) != (split == "held_out"):
-            continue
-        yield document
-        n_bytes += len(raw)
-        if n_bytes >= max_bytes:
-            return
-    if not seen:
-        raise ValueError(f"corpus {source} holds no text; add documents to it")
-    if n_bytes == 0 and split == "train":
-        raise ValueError(f"all {len(seen)} documents of corpus {source} are held out; add documents to it")
-
-
-def _shuffled(root: Path, label: str, paths: Iterable[Path], seed: int) -> list[tuple[bytes, str, Path]]:
-    """Sorted by a hash of seed and name: the same on every machine, and a new file moves no other."""
-    keyed = []
-    for path in paths:
-        name = f"{label}/{path.relative_to(root).as_posix()}"
-        keyed.append((hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest(), name, path))
-    return sorted(keyed)
-
-
-def _folder_documents(folder: Path, seed: int) -> Iterator[Document]:
+def _folder_source(name: str, folder: Path, seed: int) -> Source:
     found = [path for path in folder.rglob("*") if path.suffix.lower() in READABLE and path.is_file()]
     if not found:
         raise ValueError(f"corpus {folder} has no text file (.txt .md .py .jsonl ...); put documents there")
 
-    def stream() -> Iterator[Document]:
-        for _, name, path in _shuffled(folder, folder.name, found, seed):
-            yield from _jsonl_documents(path) if path.suffix == ".jsonl" else _text_documents(path, name)
+    def documents() -> Iterator[Document]:
+        for _, label, path in in_seeded_order(folder, folder.name, found, seed):
+            yield from _jsonl_documents(path) if path.suffix == ".jsonl" else _text_documents(path, label)
 
-    return stream()
+    return Source(name=name, n_bytes=sum(path.stat().st_size for path in found), documents=documents)
 
 
 def _text_documents(path: Path, name: str) -> Iterator[Document]:
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            rest = ""
-            while piece := file.read(PIECE_CHARS):
-                rest += piece
-                while len(rest) > PIECE_CHARS:
-                    cut = max(rest.rfind("\n\n", 0, PIECE_CHARS) + 2, rest.rfind("\n", 0, PIECE_CHARS) + 1)
-                    cut = cut if cut > PIECE_CHARS // 2 else PIECE_CHARS  # no line break near: cut where it is
-                    yield Document(text=rest[:cut], name=name)
-                    rest = rest[cut:]
-            if rest:
-                yield Document(text=rest, name=name)
+        for piece in pieces_of(path):
+            yield Document(text=piece, name=name, kind=kind_of(path.suffix))
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8; convert it or take it out of the corpus") from None
 
@@ -140,22 +83,34 @@ def _jsonl_documents(path: Path) -> Iterator[Document]:
         yield Document(text=text, name=where)
 
 
-def _installed_documents(seed: int) -> Iterator[Document]:
-    """One document a file, either its source or its documentation strings, so that nothing is read twice."""
+def _python_source(seed: int) -> Source:
     paths = sysconfig.get_paths()
     roots = {Path(paths["stdlib"]): "stdlib", Path(paths["purelib"]): "site", Path(paths["platlib"]): "site"}
-    keyed = [item for root, label in roots.items() for item in _shuffled(root, label, _installed_files(root), seed)]
-    for _, name, path in sorted(keyed):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue  # not a text of the user's: an old encoding or a file without permission is no error here
-        if path.name == "METADATA":
-            text = text.partition("\n\n")[2]  # headers, blank line, readme
-        elif path.suffix == ".py" and is_held_out(name, share=0.5):  # any even coin that no seed turns
-            text = documentation(text) or text
-        if len(text) >= INSTALLED_BYTES.start:
-            yield Document(text=text, name=name)
+    found = {root: list(_installed_files(root)) for root in roots}
+    n_bytes = sum(path.stat().st_size for files in found.values() for path in files)
+
+    def documents() -> Iterator[Document]:
+        keyed = [item for root, label in roots.items() for item in in_seeded_order(root, label, found[root], seed)]
+        for _, name, path in sorted(keyed):
+            document = _installed_document(path, name)
+            if document is not None and len(document.text) >= INSTALLED_BYTES.start:
+                yield document
+
+    return Source(name="python", n_bytes=n_bytes, documents=documents)
+
+
+def _installed_document(path: Path, name: str) -> Document | None:
+    """A file in one form, either its source or its documentation strings, so that nothing is read twice."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError):
+        return None  # not a text of the user's: an old encoding or a file without permission is no error here
+    if path.name == "METADATA":
+        text = text.partition("\n\n")[2]  # headers, blank line, readme
+    elif path.suffix == ".py" and is_held_out(name, share=0.5):  # any even coin that no seed turns
+        if page := documentation(text):
+            return Document(text=page, name=name)
+    return Document(text=text, name=name, kind=kind_of(path.suffix))
 
 
 def _installed_files(root: Path) -> Iterator[Path]:
@@ -206,8 +161,7 @@ def encode_documents(
     """`document_ids` of each text in order, encoded many at a time on all cores."""
     if not 0 <= fim_rate <= 1:
         raise ValueError(f"fim_rate={fim_rate} is outside [0, 1]")
-    texts = iter(texts)
-    while batch := list(islice(texts, 256)):
+    for batch in _batches(texts):
         cut = [fill_in_the_middle(text, rng) if rng.random() < fim_rate else (text,) for text in batch]
         encoded = iter(tokenizer.encode_batch([piece for pieces in cut for piece in pieces]))
         for pieces in cut:
@@ -219,3 +173,16 @@ def encode_documents(
                 *(tokenizer.fim_begin_id, *prefix, tokenizer.fim_hole_id, *suffix),
                 *(tokenizer.fim_end_id, *middle, tokenizer.eos_id),
             ]
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    n_chars = 0
+    for text in texts:
+        batch.append(text)
+        n_chars += len(text)
+        if len(batch) == BATCH_TEXTS or n_chars >= BATCH_CHARS:
+            yield batch
+            batch, n_chars = [], 0
+    if batch:
+        yield batch

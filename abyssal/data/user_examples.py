@@ -29,9 +29,18 @@ def read_conversations(path: str | os.PathLike[str]) -> list[Conversation]:
     return conversations
 
 
-def read_user_problems(path: str | os.PathLike[str]) -> list[Problem]:
-    """{"prompt", "answer"[, "language", "verifier", "family", "level", "key", "metadata"]} on each line."""
-    problems = [_problem(record, where) for where, record in read_jsonl(Path(path))]
+def read_user_problems(path: str | os.PathLike[str], *, distinct: bool = False) -> list[Problem]:
+    """{"prompt", "answer"[, "language", "verifier", "family", "level", "key", "metadata"]} on each line.
+
+    `distinct`: the same key twice is an error, as where a problem asked twice would narrow an interval by nothing.
+    """
+    problems, lines = [], dict[str, str]()
+    for where, record in read_jsonl(Path(path)):
+        problem = _problem(record, where)
+        if distinct and (earlier := lines.get(problem.key)):
+            raise ValueError(f"{where}: {problem.key[:80]!r} stands already at {earlier}; take one of them out")
+        lines[problem.key] = where
+        problems.append(problem)
     if not problems:
         raise ValueError(f'{path} holds no problem; write {{"prompt": "...", "answer": "..."}} on each line')
     return problems

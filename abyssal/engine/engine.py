@@ -2,8 +2,7 @@
 
 A step is schedule, run, draw: `scheduler.py` says who runs, `runner.py` computes, `sampler.py` draws. What a request
 returns does not depend on its neighbours: its noise is keyed by its seed and positions, and each row is computed as
-if alone (to the last bit on a CPU in FP32 and BF16 where `runner.py` says so, to rounding elsewhere and after a
-preemption).
+if alone, to rounding; to the last bit in invariant mode (`runner.py`).
 Letters: B rows of a step, V vocabulary.
 """
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from abyssal.engine.blocks import BlockPool, blocks_for
 from abyssal.engine.runner import Runner
 from abyssal.engine.sampler import Sampling, derive_seed, kept_ids, sample, sampled_logps, sampling
-from abyssal.engine.scheduler import Scheduler
+from abyssal.engine.scheduler import PrefixStats, Scheduler
 from abyssal.engine.sequence import Rows, Sequence
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
@@ -43,6 +42,10 @@ class Engine:
     `load_weights`, in any dtype. Ids from `vocab_size` on are padding of the model's vocabulary: for the engine they do
     not exist. `record_sampling` tells of each completion what it was drawn from, where that is not the model's own
     distribution.
+    `prefill_chunk`: at most so many prompt tokens a step, so that a long prompt does not make running answers wait.
+    `prefix_cache`: what earlier requests left in the cache is used again where prompts begin alike (`prefix_stats`).
+    `invariant`: a request's tokens and log-probs are the same bits alone or among others, with the cache cold or warm,
+    in chunks or whole, preempted or not (see `runner.py`); slower.
     """
 
     def __init__(
@@ -57,10 +60,18 @@ class Engine:
         record_sampling: bool = False,
         vocab_size: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
+        prefill_chunk: int | None = None,
+        prefix_cache: bool = False,
+        invariant: bool = False,
     ) -> None:
         config = model.config
-        for name, value in (("block_size", block_size), ("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
-            if value < 1:
+        for name, value in (
+            ("block_size", block_size),
+            ("max_batch", max_batch),
+            ("prefill_tokens", prefill_tokens),
+            ("prefill_chunk", prefill_chunk),
+        ):
+            if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         self.max_length = config.max_position_embeddings
         max_blocks = blocks_for(self.max_length, block_size)
@@ -76,10 +87,17 @@ class Engine:
         for eos_id in eos_ids:
             _check_ids([eos_id], self._vocab_size, what="eos_ids")
             self._is_eos_V[eos_id] = True
-        self._runner = Runner(model, n_blocks=n_blocks, block_size=block_size, record_experts=record_experts)
+        self._runner = Runner(
+            model, n_blocks=n_blocks, block_size=block_size, record_experts=record_experts, invariant=invariant
+        )
         self._rows = Rows(n_rows=max_batch, max_length=self.max_length, max_blocks=max_blocks)
         self._scheduler = Scheduler(
-            pool=BlockPool(n_blocks), rows=self._rows, block_size=block_size, prefill_tokens=prefill_tokens
+            pool=BlockPool(n_blocks),
+            rows=self._rows,
+            block_size=block_size,
+            prefill_tokens=prefill_tokens,
+            prefill_chunk=prefill_chunk,
+            prefix_cache=prefix_cache,
         )
         self._sequences: dict[int, Sequence] = {}
         self._unclaimed: list[Finished] = []  # finished while `generate` was stepping for others
@@ -89,6 +107,11 @@ class Engine:
     @property
     def n_free_blocks(self) -> int:
         return self._scheduler.pool.n_free
+
+    @property
+    def prefix_stats(self) -> PrefixStats:
+        """Since the engine was made: tokens computed or found before an answer could go on, and those found."""
+        return self._scheduler.stats
 
     @property
     def n_unfinished(self) -> int:
@@ -123,13 +146,21 @@ class Engine:
     def step(self) -> list[Finished]:
         """Admit who fits, then draw one token for every running sequence; returns those that ended."""
         finished, self._unclaimed = self._unclaimed, []
+        try:
+            self._step(finished)
+        except BaseException:  # Ctrl-C too: what was cut short is computed again, and nobody's answer is lost
+            self._unclaimed = finished
+            self._scheduler.preempt_all()
+            raise
+        return finished
+
+    def _step(self, finished: list[Finished]) -> None:
         admission = self._scheduler.admit()
         if admission.prefills:
-            logits_BV = self._runner.prefill(
-                [prefix.ids for prefix, _ in admission.prefills], [blocks for _, blocks in admission.prefills]
-            )
+            logits_BV = self._runner.prefill([chunk for _, chunk in admission.prefills])
             for (prefix, _), logits_V in zip(admission.prefills, logits_BV, strict=True):
                 prefix.logits_V = logits_V
+            self._scheduler.computed(admission)
         if admission.copy_from:
             self._runner.copy_blocks(admission.copy_from, admission.copy_to)
         if admission.placed:
@@ -138,7 +169,6 @@ class Engine:
         rows_B = self._scheduler.grow()
         if len(rows_B):
             finished += self._draw(rows_B, self._decode(rows_B))
-        return finished
 
     def _decode(self, rows_B: np.ndarray) -> Tensor:
         rows = self._rows

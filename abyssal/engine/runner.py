@@ -3,17 +3,28 @@
 Owns the compute weights, the cache tensors and the expert record, which lives in the same slots as the cache: what is
 shared, copied or recomputed there is so here. The context of a step ends with the longest sequence in it, rounded up
 to a block.
-Letters: B sequences, T new tokens, S key positions, N blocks, D width, V vocabulary, M MoE layers, K chosen experts.
+
+Invariant mode: every token, of a prompt or drawn, takes one way. It reads all it attends to from the cache, in tiles of
+keys (`model/attention.py`); drawn tokens come as rows of one, prompts as rows of PIECE; passes hold at most MOST_TOKENS
+and a multiple of 8, so that no kernel sums in another order because of what else is there. Shown on a CPU (AVX-512,
+torch 2.13, 1 and 2 threads). Elsewhere it is not assumed: a runner first compares longer passes with passes of 8 single
+tokens, on its own weights, and keeps to the latter where they differ.
+Letters: B sequences or rows, T new tokens, S key positions, N tokens or blocks of a sequence, D width, V vocabulary,
+M MoE layers, K chosen experts.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from abyssal.engine.blocks import TRASH_BLOCK
+from abyssal.engine.blocks import TRASH_BLOCK, blocks_for
+from abyssal.engine.sequence import Chunk
+from abyssal.model.attention import KEY_TILE
 from abyssal.model.cache import CacheView, allocate_cache
 from abyssal.model.config import ModelConfig
 from abyssal.model.moe import Routing
@@ -23,16 +34,35 @@ from abyssal.model.transformer import Transformer
 # 2.13 on an AVX-512 machine with 1 to 8 threads. (1 to 3 rows take other paths, and so do 5 to 11 when threads split
 # them.) FP32 experts still differ in the last bits when one gets few rows; BF16 has none of this.
 ROW_MULTIPLE_FP32_CPU = 4
+ROW_MULTIPLE = 8  # in invariant mode: FP64 products, which attention uses under FP32, need it too
+PIECE = 16  # prompt tokens of a row in invariant mode: they share what is gathered from the cache
+MOST_TOKENS = 128  # of a pass in invariant mode
+PASS_SLOTS = 1 << 16  # rows x key positions of a pass in invariant mode: what attention gathers must fit in memory
+
+
+class Passes(NamedTuple):
+    """How invariant mode cuts up its work."""
+
+    piece: int = PIECE
+    most_tokens: int = MOST_TOKENS
 
 
 class Runner:
-    def __init__(self, model: Transformer, *, n_blocks: int, block_size: int, record_experts: bool) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        n_blocks: int,
+        block_size: int,
+        record_experts: bool,
+        invariant: bool = False,
+    ) -> None:
         config = model.config
-        self.model = model.inference_copy()
-        self.block_size = block_size
+        self.model = model.inference_copy(invariant=invariant)
+        self.block_size, self.invariant = block_size, invariant
         self.device = model.embed_tokens.weight.device
         is_fp32_cpu = self.device.type == "cpu" and model.dtype == torch.float32
-        self._row_multiple = ROW_MULTIPLE_FP32_CPU if is_fp32_cpu else 1
+        self._row_multiple = ROW_MULTIPLE if invariant else ROW_MULTIPLE_FP32_CPU if is_fp32_cpu else 1
         self._offsets = np.arange(block_size)
         self._cache = allocate_cache(config, n_blocks * block_size, dtype=model.dtype, device=self.device)
         self._experts: Tensor | None = None
@@ -41,6 +71,7 @@ class Runner:
             shape = (n_blocks * block_size, n_moe, config.num_experts_per_tok)
             dtype = torch.uint8 if config.n_routed_experts <= 256 else torch.int16
             self._experts = torch.zeros(shape, dtype=dtype, device=self.device)
+        self._passes = self._safe_passes(n_blocks) if invariant else None
 
     @property
     def config(self) -> ModelConfig:
@@ -54,24 +85,31 @@ class Runner:
                 f"in {self.model.dtype}; build a new Engine"
             )
         if model.dtype == torch.float32:
-            self.model = model.inference_copy()
+            self.model = model.inference_copy(invariant=self.invariant)
         else:
             self.model.load_state_dict(model.state_dict())
 
-    def prefill(self, prompts: list[np.ndarray], blocks: list[np.ndarray]) -> Tensor:
-        """Compute whole prompts, padded to the longest, into their blocks; logits of their last positions, (B, V)."""
-        blocks_BN = np.full((len(prompts), max(map(len, blocks))), TRASH_BLOCK)
-        ids_BT = np.zeros((len(prompts), blocks_BN.shape[1] * self.block_size), np.int64)
-        for row, (prompt, held) in enumerate(zip(prompts, blocks, strict=True)):
-            ids_BT[row, : len(prompt)] = prompt
-            blocks_BN[row, : len(held)] = held
-        lengths_B = np.array([len(prompt) for prompt in prompts])
-        positions_BT = np.tile(np.arange(ids_BT.shape[1]), (len(prompts), 1))
-        context_BS = self._slots(blocks_BN)
+    def prefill(self, chunks: list[Chunk]) -> Tensor:
+        """Compute prompts or parts of them into their blocks; logits of each chunk's last position, (B, V)."""
+        lengths_B = np.array([len(chunk.ids) for chunk in chunks])
+        if self._passes is not None:
+            return self._logits(self._prefill_pieces(chunks, self._passes)[torch.from_numpy(lengths_B.cumsum() - 1)])
+        starts_B = np.array([chunk.start for chunk in chunks])
+        positions_BT = starts_B[:, None] + np.arange(blocks_for(lengths_B.max(), self.block_size) * self.block_size)
+        ids_BT = np.zeros_like(positions_BT)
+        for row, chunk in enumerate(chunks):
+            ids_BT[row, : len(chunk.ids)] = chunk.ids
+        n_columns = blocks_for((starts_B + lengths_B).max(), self.block_size)
+        # the tokens that pad a chunk may reach beyond any block: theirs is the trash
+        blocks_BN = self._table([chunk.blocks for chunk in chunks], n_columns=positions_BT.max() // self.block_size + 1)
         # within a prompt's own blocks the padding may be written: a later token overwrites it before anyone sees it
-        hidden_BTD = self._hidden(ids_BT, positions_BT, slots_BT=context_BS, context_BS=context_BS)
-        last_BD = hidden_BTD[torch.arange(len(prompts)), torch.from_numpy(lengths_B - 1)]
-        return self.model.logits(F.pad(last_BD, (0, 0, 0, -len(prompts) % self._row_multiple)))[: len(prompts)]
+        hidden_BTD = self._hidden(
+            ids_BT,
+            positions_BT,
+            slots_BT=self._slots_at(positions_BT, blocks_BN),
+            context_BS=self._slots(blocks_BN[:, :n_columns]),
+        )
+        return self._logits(hidden_BTD[torch.arange(len(chunks)), torch.from_numpy(lengths_B - 1)])
 
     def decode(self, ids_B: np.ndarray, positions_B: np.ndarray, blocks_BN: np.ndarray) -> Tensor:
         """Compute one token of each sequence; logits for the next, (B, V)."""
@@ -80,12 +118,82 @@ class Runner:
         if missing:
             ids_B, positions_B = np.pad(ids_B, (0, missing)), np.pad(positions_B, (0, missing))
             blocks_BN = np.pad(blocks_BN, ((0, missing), (0, 0)), constant_values=TRASH_BLOCK)
-        block_B, offset_B = np.divmod(positions_B, self.block_size)
-        slots_B = blocks_BN[np.arange(len(block_B)), block_B] * self.block_size + offset_B
-        hidden_BTD = self._hidden(
-            ids_B[:, None], positions_B[:, None], slots_BT=slots_B[:, None], context_BS=self._slots(blocks_BN)
-        )
-        return self.model.logits(hidden_BTD[:, 0])[:n_rows]
+        ids_BT, positions_BT = ids_B[:, None], positions_B[:, None]
+        slots_BT, context_BS = self._slots_at(positions_BT, blocks_BN), self._slots(blocks_BN)
+        if self._passes is None:
+            hidden_BTD = self._hidden(ids_BT, positions_BT, slots_BT=slots_BT, context_BS=context_BS)
+        else:
+            hidden_BTD = self._in_passes(ids_BT, positions_BT, slots_BT, context_BS, self._passes)
+        return self._logits(hidden_BTD[:n_rows, 0])
+
+    def _prefill_pieces(self, chunks: list[Chunk], passes: Passes) -> Tensor:
+        """Hidden states of all tokens of these chunks, (N, D). Each chunk is cut into pieces, filled up with trash."""
+        pieces = [
+            Chunk(chunk.ids[start : start + passes.piece], chunk.start + start, chunk.blocks)
+            for chunk in chunks
+            for start in range(0, len(chunk.ids), passes.piece)
+        ]
+        nothing = np.zeros(0, np.int64)
+        pieces += [Chunk(nothing, 0, nothing)] * (-len(pieces) * passes.piece % ROW_MULTIPLE)
+        lengths_B = np.array([len(piece.ids) for piece in pieces])
+        is_token_BT = np.arange(passes.piece) < lengths_B[:, None]
+        ids_BT, positions_BT = np.zeros(is_token_BT.shape, np.int64), np.zeros(is_token_BT.shape, np.int64)
+        ids_BT[is_token_BT] = np.concatenate([piece.ids for piece in pieces])
+        positions_BT[is_token_BT] = np.concatenate([piece.start + np.arange(len(piece.ids)) for piece in pieces])
+        blocks_BN = self._table([piece.blocks for piece in pieces])
+        slots_BT = np.where(is_token_BT, self._slots_at(positions_BT, blocks_BN), 0)
+        hidden_BTD = self._in_passes(ids_BT, positions_BT, slots_BT, self._slots(blocks_BN), passes)
+        return hidden_BTD[torch.from_numpy(is_token_BT)]
+
+    def _in_passes(
+        self,
+        ids_BT: np.ndarray,
+        positions_BT: np.ndarray,
+        slots_BT: np.ndarray,
+        context_BS: np.ndarray,
+        passes: Passes,
+    ) -> Tensor:
+        """Hidden states, (B, T, D), some rows at a time. A row may read what rows before it write."""
+        context_BS = np.pad(context_BS, ((0, 0), (0, -context_BS.shape[1] % KEY_TILE)))  # slot 0 is trash
+        unit = ROW_MULTIPLE if ids_BT.shape[1] == 1 else 1  # rows that make a multiple of 8 tokens
+        most = min(passes.most_tokens // ids_BT.shape[1], PASS_SLOTS // context_BS.shape[1])
+        most = max(most // unit * unit, unit)
+        hidden = [
+            self._hidden(ids_BT[some], positions_BT[some], slots_BT=slots_BT[some], context_BS=context_BS[some])
+            for some in (slice(start, start + most) for start in range(0, len(ids_BT), most))
+        ]
+        return torch.cat(hidden)
+
+    def _logits(self, hidden_BD: Tensor) -> Tensor:
+        n_rows = len(hidden_BD)
+        padded_BD = F.pad(hidden_BD, (0, 0, 0, -n_rows % self._row_multiple))
+        if self._passes is None:
+            return self.model.logits(padded_BD)[:n_rows]
+        return torch.cat([self.model.logits(x_BD) for x_BD in padded_BD.split(self._passes.most_tokens)])[:n_rows]
+
+    def _safe_passes(self, n_blocks: int) -> Passes:
+        """The longest passes that give a token the bits of passes of 8 single ones, on a made-up sequence.
+
+        The cache must be empty, and is so again afterwards.
+        """
+        n_tokens = min(MOST_TOKENS, (n_blocks - 1) * self.block_size, self.config.max_position_embeddings)
+        ids_N = np.arange(n_tokens) * 7919 % self.config.vocab_size
+        made_up = Chunk(ids_N, 0, 1 + np.arange(blocks_for(n_tokens, self.block_size)))
+
+        def logits(passes: Passes) -> Tensor:
+            self._passes = passes
+            return self._logits(self._prefill_pieces([made_up], passes))
+
+        safe = Passes(piece=1, most_tokens=ROW_MULTIPLE)
+        with torch.inference_mode():
+            wanted_NV = logits(safe)
+            for passes in (Passes(1, 24), Passes(1, MOST_TOKENS), Passes(PIECE, PIECE), Passes()):
+                if not torch.equal(logits(passes), wanted_NV):
+                    break
+            else:
+                safe = passes
+        self.clear()
+        return safe
 
     def _hidden(
         self, ids_BT: np.ndarray, positions_BT: np.ndarray, *, slots_BT: np.ndarray, context_BS: np.ndarray
@@ -119,9 +227,21 @@ class Runner:
         for store in self._cache:
             store.zero_()
 
+    def _table(self, held: list[np.ndarray], n_columns: int = 0) -> np.ndarray:
+        """Blocks side by side, as wide as the longest and at least n_columns, filled up with the trash."""
+        blocks_BN = np.full((len(held), max(n_columns, *map(len, held))), TRASH_BLOCK)
+        for row, blocks in enumerate(held):
+            blocks_BN[row, : len(blocks)] = blocks
+        return blocks_BN
+
     def _slots(self, blocks_BN: np.ndarray) -> np.ndarray:
         """Flat slots of all positions of these blocks, (B, N x block_size)."""
         return (blocks_BN[..., None] * self.block_size + self._offsets).reshape(len(blocks_BN), -1)
+
+    def _slots_at(self, positions_BT: np.ndarray, blocks_BN: np.ndarray) -> np.ndarray:
+        """Flat slot of each position, (B, T)."""
+        block_BT, offset_BT = np.divmod(positions_BT, self.block_size)
+        return np.take_along_axis(blocks_BN, block_BT, axis=1) * self.block_size + offset_BT
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

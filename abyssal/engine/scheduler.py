@@ -5,79 +5,134 @@ spare for each running sequence so that growth does not at once throw somebody o
 grows; when none is left, prompts kept for waiting siblings are given up first, then the youngest running sequence
 goes back to the head of the queue and its cache is recomputed later. Noise is keyed by seed and position, so it draws
 on unchanged. Siblings (same prompt) share the prompt's full blocks; each gets its own copy of the last, partly filled
-one. Owns the queue, the rows and the block pool. Does not own tensors: `runner.py` computes what is decided here.
+one. With a prefix cache, full blocks outlive their sequence and a later one that begins with the same ids shares them.
+With `prefill_chunk`, a step computes at most so many prompt ids: a long prompt takes several, running answers go on.
+Owns the queue, the rows and the block pool. Does not own tensors: `runner.py` computes what is decided here.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from typing import NamedTuple
 
 import numpy as np
 
-from abyssal.engine.blocks import BlockPool, blocks_for
-from abyssal.engine.sequence import Prefix, Rows, Sequence
+from abyssal.engine.blocks import BlockPool, block_keys, blocks_for
+from abyssal.engine.sequence import Chunk, Prefix, Rows, Sequence
 
 
 class Admission(NamedTuple):
     """Work in this order: compute `prefills` into their blocks, copy blocks, draw each new sequence's next token."""
 
-    prefills: list[tuple[Prefix, np.ndarray]]
+    prefills: list[tuple[Prefix, Chunk]]
     copy_from: list[int]
     copy_to: list[int]
     placed: list[tuple[Sequence, Prefix]]
 
 
+class PrefixStats(NamedTuple):
+    """`n_tokens` had to be in the cache before their sequences could draw; `n_found` of them were there already."""
+
+    n_tokens: int = 0
+    n_found: int = 0
+
+
 class Scheduler:
-    def __init__(self, *, pool: BlockPool, rows: Rows, block_size: int, prefill_tokens: int) -> None:
+    def __init__(
+        self,
+        *,
+        pool: BlockPool,
+        rows: Rows,
+        block_size: int,
+        prefill_tokens: int,
+        prefill_chunk: int | None = None,
+        prefix_cache: bool = False,
+    ) -> None:
         self.pool, self.rows = pool, rows
-        self.block_size, self.prefill_tokens = block_size, prefill_tokens
+        self.block_size, self.prefill_tokens, self.prefix_cache = block_size, prefill_tokens, prefix_cache
+        self.prefill_chunk = sys.maxsize if prefill_chunk is None else prefill_chunk
         self.waiting: deque[Sequence] = deque()
         self._prefixes: dict[bytes, Prefix] = {}
         self.version = 0  # changes whenever the set of running sequences does
+        self.stats = PrefixStats()
 
     def add(self, sequence: Sequence) -> None:
         ids = np.array(sequence.prompt_ids, np.int64)
         key = ids.tobytes()
-        prefix = self._prefixes.setdefault(key, Prefix(ids, key))
+        prefix = self._prefixes.get(key)
+        if prefix is None:
+            prefix = self._prefixes[key] = self._prefix(ids, key)
         prefix.n_waiting += 1
         sequence.prefix = prefix
         self.waiting.append(sequence)
 
+    def _prefix(self, ids: np.ndarray, key: bytes | None = None) -> Prefix:
+        """The last id is always computed, because its logits are wanted: no block that holds it is looked for."""
+        return Prefix(ids, key, block_keys=block_keys(ids[:-1], self.block_size) if self.prefix_cache else [])
+
     def admit(self) -> Admission:
-        """Move waiting sequences into free rows as far as rows, blocks and the prefill budget reach."""
+        """Move waiting sequences into free rows as far as rows, blocks and the prefill budgets reach."""
         admission = Admission([], [], [], [])
-        longest = 0
+        longest, left = 0, self.prefill_chunk
         while self.waiting and self.rows.n_free:
             prefix = self.waiting[0].prefix
             assert prefix is not None, "a waiting sequence has something to compute"
-            if prefix.blocks is None:
+            found = self.pool.find(prefix.block_keys) if prefix.blocks is None else np.empty(0, np.int64)
+            start = prefix.n_computed if prefix.blocks is not None else len(found) * self.block_size
+            n_chunk = min(len(prefix.ids) - start, left)
+            if start < len(prefix.ids):
                 # the batch is padded to its longest prompt: that is what the budget counts
-                longest = max(longest, len(prefix.ids))
-                if admission.prefills and (len(admission.prefills) + 1) * longest > self.prefill_tokens:
+                longest = max(longest, n_chunk)
+                over = admission.prefills and (len(admission.prefills) + 1) * longest > self.prefill_tokens
+                if over or n_chunk == 0:
                     break
-            if not self._make_room(prefix):
+            if not self._make_room(prefix, found):
                 break
-            if prefix.blocks is None:
-                prefix.blocks = self.pool.take(blocks_for(len(prefix.ids), self.block_size))
-                admission.prefills.append((prefix, prefix.blocks))
+            blocks = self._claim(prefix, found) if prefix.blocks is None else prefix.blocks
+            if start < len(prefix.ids):
+                admission.prefills.append((prefix, Chunk(prefix.ids[start : start + n_chunk], start, blocks)))
+                prefix.n_computed, left = start + n_chunk, left - n_chunk
+            if prefix.n_computed < len(prefix.ids):
+                break
             self._place(self.waiting.popleft(), prefix, admission)
         if admission.placed:
             self.version += 1
         return admission
 
-    def _make_room(self, prefix: Prefix) -> bool:
+    def _make_room(self, prefix: Prefix, found: np.ndarray) -> bool:
         """Are one more sequence's blocks there? With nobody running they must be: kept prompts are given up."""
         spare = len(self.rows.active)
-        need = 1 if prefix.blocks is not None else blocks_for(len(prefix.ids), self.block_size)
-        if self.pool.n_free >= need + spare:
+        if self.pool.n_free >= self._need(prefix, found) + spare:
             return True
         if spare:
             return False
         if prefix.blocks is None:
             self.drop_prefixes()
+            need = self._need(prefix, found)
             assert self.pool.n_free >= need, f"{need} blocks needed, {self.pool.n_free} free with nobody running"
         return True
+
+    def _need(self, prefix: Prefix, found: np.ndarray) -> int:
+        """Free blocks that its turn takes: those to fill, and those found that nobody else holds."""
+        if prefix.blocks is not None:
+            return 1
+        return blocks_for(len(prefix.ids), self.block_size) - len(found) + self.pool.n_idle(found)
+
+    def _claim(self, prefix: Prefix, found: np.ndarray) -> np.ndarray:
+        """Give a prefix its blocks: those found in the cache, and new ones for the rest."""
+        self.pool.share(found)  # first: an idle block that is taken anew would lose what it holds
+        new = self.pool.take(blocks_for(len(prefix.ids), self.block_size) - len(found))
+        prefix.blocks = np.concatenate((found, new))
+        prefix.n_computed = len(found) * self.block_size
+        self.stats = PrefixStats(self.stats.n_tokens + len(prefix.ids), self.stats.n_found + prefix.n_computed)
+        return prefix.blocks
+
+    def computed(self, admission: Admission) -> None:
+        """The prefills are done: what they filled may be found by later requests."""
+        for prefix, chunk in admission.prefills:
+            n_full = min((chunk.start + len(chunk.ids)) // self.block_size, len(prefix.block_keys))
+            self.pool.remember(chunk.blocks[:n_full], prefix.block_keys[:n_full])
 
     def _place(self, sequence: Sequence, prefix: Prefix, admission: Admission) -> None:
         blocks = prefix.blocks
@@ -87,7 +142,7 @@ class Scheduler:
         sequence.prefix = None
         if prefix.n_waiting == 0 or (has_tail and self.pool.n_free == 0):
             # the last sibling, or one for whom there is no block to copy to, takes the blocks themselves
-            prefix.blocks = None
+            prefix.blocks, prefix.n_computed = None, 0
             self._forget_if_done(prefix)
         elif has_tail:
             own = self.pool.take(1)
@@ -117,32 +172,46 @@ class Scheduler:
 
     def preempt(self, sequence: Sequence) -> None:
         """Back to the head of the queue, its blocks free; what it has drawn is recomputed with its prompt."""
-        self.pool.release(self.rows.clear(sequence))
+        self._leave(sequence)
         ids = np.concatenate((np.array(sequence.prompt_ids, np.int64), sequence.ids))
-        sequence.prefix = Prefix(ids, n_waiting=1)
+        sequence.prefix = self._prefix(ids)
+        sequence.prefix.n_waiting = 1
         self.waiting.appendleft(sequence)
-        self.version += 1
 
     def preempt_all(self) -> None:
         """Nothing computed so far may be used again, as after a change of weights."""
         for row in self.rows.active[::-1].tolist():
             self.preempt(self.rows.sequence_in(row))
         self.drop_prefixes()
+        self.pool.forget()
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a sequence out of its row. With a prefix cache its full blocks can still be found."""
+        row = sequence.row
+        assert row is not None, f"request {sequence.request_id} is not running"
+        if self.prefix_cache:
+            n_full = (int(self.rows.length_R[row]) - 1) // self.block_size  # the last id drawn is not computed
+            keys = block_keys(self.rows.ids_RT[row, : n_full * self.block_size], self.block_size)
+            self.pool.remember(self.rows.blocks_RN[row, :n_full], keys)
+        self.pool.release(self.rows.clear(sequence))
+        self.version += 1
 
     def drop_prefixes(self) -> bool:
-        """Give up the prompts kept for waiting siblings; True when that freed a block."""
+        """Give up what is kept for waiting sequences, finished or not; True when that freed a block."""
         before = self.pool.n_free
-        for prefix in self._prefixes.values():
+        for sequence in self.waiting:
+            prefix = sequence.prefix
+            assert prefix is not None, "a waiting sequence has something to compute"
             if prefix.blocks is not None:
                 self.pool.release(prefix.blocks)
             prefix.blocks = prefix.logits_V = None
+            prefix.n_computed = 0
         return self.pool.n_free > before
 
     def remove(self, sequence: Sequence) -> None:
         """Finished or aborted: nothing of it stays."""
         if sequence.row is not None:
-            self.pool.release(self.rows.clear(sequence))
-            self.version += 1
+            self._leave(sequence)
             return
         self.waiting.remove(sequence)
         prefix = sequence.prefix
@@ -150,7 +219,7 @@ class Scheduler:
         prefix.n_waiting -= 1
         if prefix.n_waiting == 0 and prefix.blocks is not None:
             self.pool.release(prefix.blocks)
-            prefix.blocks = None
+            prefix.blocks, prefix.n_computed = None, 0
         self._forget_if_done(prefix)
 
     def _forget_if_done(self, prefix: Prefix) -> None:

@@ -9,6 +9,7 @@ Letters: R rows, T ids of a sequence, N blocks of a sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,15 +23,26 @@ from abyssal.types import DrawnFrom, SamplingParams
 class Prefix:
     """Ids computed once for all waiting sequences that begin with them (G answers to one prompt).
 
-    `blocks` and `logits_V` (of the last position) are None while it is not in the cache. `key` finds it again for a
-    later request; None when it belongs to one preempted sequence.
+    `blocks` is None while nothing of it is in the cache; then `n_computed` ids are, and when those are all, `logits_V`
+    of the last position is there too. `key` finds it again for a later request; None when it belongs to one preempted
+    sequence. `block_keys` are those of its full blocks that may be found in the cache of earlier requests.
     """
 
     ids: np.ndarray
     key: bytes | None = None
     n_waiting: int = 0
     blocks: np.ndarray | None = None
+    n_computed: int = 0
     logits_V: Tensor | None = None
+    block_keys: list[bytes] = field(default_factory=list)
+
+
+class Chunk(NamedTuple):
+    """Part of a prefix: `ids` stand at positions start, start + 1 .. of the sequence that holds `blocks`."""
+
+    ids: np.ndarray
+    start: int
+    blocks: np.ndarray
 
 
 @dataclass(eq=False)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from abyssal.reward.form import is_mixed, language_consistency, thinking_tags_ok, well_formed
 from abyssal.reward.verifiers import Verifiers
+from abyssal.reward.worker_process import kind_of
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Rollout
 
@@ -30,12 +31,14 @@ class Grade(NamedTuple):
 
 def grade(rollouts: list[Rollout], verifiers: Verifiers, tokenizer: Tokenizer) -> list[Grade]:
     """A truncated answer gave no answer: it is wrong, and counted as truncated."""
+    cut_off = [rollout.completion.finish_reason != "stop" for rollout in rollouts]
+    whole = [(r.problem, r.message) for r, truncated in zip(rollouts, cut_off, strict=True) if not truncated]
+    scores = iter(verifiers.accuracies(whole))
     grades = []
-    for rollout in rollouts:
+    for rollout, truncated in zip(rollouts, cut_off, strict=True):
         problem, message, completion = rollout.problem, rollout.message, rollout.completion
         tags_ok = thinking_tags_ok(completion.ids, think_id=tokenizer.think_id, end_think_id=tokenizer.end_think_id)
-        truncated = completion.finish_reason != "stop"
-        accuracy, error = (0.0, None) if truncated else verifiers.accuracy(problem, message)
+        accuracy, error = (0.0, None) if truncated else next(scores)
         form = well_formed(problem, message, tags_ok=tags_ok and not truncated).value
         language = language_consistency(problem, message).value
         assert form is not None and language is not None
@@ -55,7 +58,10 @@ def grade(rollouts: list[Rollout], verifiers: Verifiers, tokenizer: Tokenizer) -
 
 
 def summary(grades: list[Grade]) -> dict[str, float]:
-    """Means over answers; `accuracy` over decided ones, `*_thinking` and `mixed_share` over those that think."""
+    """Means over answers; `accuracy` over decided ones, `*_thinking` and `mixed_share` over those that think.
+
+    `undecided_<kind>` counts the answers that no verifier could decide for that kind of reason.
+    """
     thinking = [g for g in grades if g.thinks]
     decided = [g.accuracy for g in grades if g.accuracy is not None]
     out = {
@@ -67,6 +73,8 @@ def summary(grades: list[Grade]) -> dict[str, float]:
         "truncated_share": mean([float(g.truncated) for g in grades]),
         "verifier_errors": float(len(grades) - len(decided)),
     }
+    for kind, count in Counter(kind_of(g.error) for g in grades if g.error is not None).items():
+        out[f"undecided_{kind}"] = float(count)
     if thinking:
         out["length_thinking"] = mean([g.length for g in thinking])
         out["accuracy_thinking"] = mean([g.accuracy for g in thinking if g.accuracy is not None])

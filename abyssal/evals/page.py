@@ -26,6 +26,7 @@ from abyssal.evals.page_tables import (
     COLOURS,
     NOTHING,
     cost_section,
+    data_section,
     families_section,
     has,
     percent,
@@ -64,6 +65,7 @@ def render(run: RunFiles) -> str:
         "curves": ("How it learned", curves_section(run.stages)),
         "needles": ("Long context", needles_section(run.needles)),
         "families": ("Families", families_section(run)),
+        "data": ("Data", data_section(run)),
         "cost": ("Time and tokens", cost_section(run.stages)),
         "recipe": ("Recipe", _recipe(run)),
     }

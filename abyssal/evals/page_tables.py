@@ -82,6 +82,35 @@ def families_section(run: RunFiles) -> Markup:
     ).format(table_of(["", *names], rows))
 
 
+def data_section(run: RunFiles) -> Markup:
+    """What became of the documents: a row a source, a column a reason."""
+    sources = run.data.get("sources")
+    if not isinstance(sources, dict) or not sources:
+        return Markup("")
+    total, weights, used = (run.data.get(key) or {} for key in ("total", "weights", "train_text"))
+    reasons = list(total.get("refused") or {})
+    rows = [
+        [name, value_label(weights.get(name, 1.0), "percent"), *_documents(one, reasons), _epochs(used, name)]
+        for name, one in sources.items()
+    ]
+    table = table_of(
+        ["source", "weight", "read", "kept", "text kept", *reasons, "read over"],
+        rows,
+        total=["all", "", *_documents(total, reasons), ""] if len(rows) > 1 else (),
+    )
+    notes = ["Documents of the pretraining text; each is kept, or refused for one reason."]
+    if languages := run.data.get("languages"):
+        told = ", ".join(f"{language} {n:,}" for language, n in list(languages.items())[:8])
+        notes.append(f"By language: {told}.")
+    evaluation = run.data.get("evaluation") or {}
+    if sets := evaluation.get("sets"):
+        n_items, n_hit = sum(sets.values()), evaluation.get("items_hit", 0)
+        n_words = evaluation.get("words_in_a_row")
+        notes.append(f"{n_hit:,} of {n_items:,} evaluation items were found in it, by {n_words} words in a row.")
+    text = '<section id="data"><h2>Data</h2><p class="note">{}</p>{}</section>'
+    return Markup(text).format(" ".join(notes), table)
+
+
 def cost_section(stages: Sequence[StageFiles]) -> Markup:
     """A row a stage; where rollouts, rewards and updates were timed apart, the bar is split."""
     times = [stage.total("time_s") or 0.0 for stage in stages]
@@ -136,6 +165,17 @@ def span_of(numbers: dict[str, Any]) -> str:
 
 def total_of(stages: Sequence[StageFiles], key: str) -> float:
     return sum(stage.total(key) or 0.0 for stage in stages)
+
+
+def _documents(counts: dict[str, Any], reasons: Sequence[str]) -> list[str]:
+    refused = counts.get("refused") or {}
+    size = f"{counts.get('kept_bytes', 0) / 1e6:,.1f} MB"
+    read_kept = [f"{counts.get(key, 0):,}" for key in ("read", "kept")]
+    return [*read_kept, size, *(f"{refused.get(reason, 0):,}" for reason in reasons)]
+
+
+def _epochs(used: dict[str, Any], source: str) -> str:
+    return f"{used[source]['epochs']:.1f} times" if source in used else NOTHING
 
 
 def _interval_rows(rows: dict[str, dict[str, Any]], key: str) -> list[IntervalRow]:

@@ -58,6 +58,7 @@ class RunFiles:
     stages: list[StageFiles] = field(default_factory=list)
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
     traces: list[dict[str, Any]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)  # what became of the documents; runs before it have none
     needles: dict[str, Any] = field(default_factory=dict)  # extend/needle.json
     budget: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # checkpoint -> points of its curve
 
@@ -86,6 +87,7 @@ def read_run(run_dir: Path) -> RunFiles:
         needles=_dict(_json(run_dir / "extend" / "needle.json")),
         traces=_dicts(traces),
         budget={str(name): _dicts(points) for name, points in _dict(results.get("budget")).items()},
+        data=_dict(_json(run_dir / "tokenize" / "data_report.json")),
     )
 
 

@@ -1,6 +1,7 @@
 """What every attention layer is told about its batch, and the masked softmax they share. Owns no weights.
 
-Letters: B batch, T query tokens, S key tokens, H heads, R rotary width, Q query/key head width, V value head width.
+Letters: B batch, T query tokens, S key tokens, H heads, G key-value heads, X query heads of each, R rotary width,
+Q query/key head width, V value head width; J tiles of L keys, M queries of a tile's product (T x X), Z products.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from abyssal.model.cache import CacheView
 
+KEY_TILE = 64  # keys summed at a time where the order of sums is fixed
 SHORT = 512 * 512  # query-key pairs up to which plain matmuls beat torch's fused CPU kernel, its backward above all
 
 
@@ -36,13 +38,15 @@ def cached_mask(positions_BT: Tensor, n_keys: int) -> Tensor:
     return torch.arange(n_keys, device=positions_BT.device) <= positions_BT[..., None]
 
 
-def core_dtype(x: Tensor) -> torch.dtype:
-    """The type of attention's own products: BF16 stays; FP32 becomes FP64 on a CPU.
+def core_dtype(x: Tensor, *, invariant: bool = False) -> torch.dtype:
+    """The type of attention's own products: BF16 stays, but for invariant mode; FP32 becomes FP64 on a CPU.
 
     Expanded and absorbed MLA, cached and packed rows sum in different orders. In FP64 those orders differ by less than
     FP32 can hold, so engine and trainer see the same FP32 numbers and, further on, choose the same experts.
     """
-    return torch.float64 if x.dtype == torch.float32 and not x.is_cuda else x.dtype
+    if x.dtype == torch.float32 and not x.is_cuda:
+        return torch.float64
+    return torch.float32 if invariant else x.dtype
 
 
 def attend(q_BTHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, mask_BTS: Tensor | None, *, scale: float) -> Tensor:
@@ -78,3 +82,33 @@ def attend_ref(q_BTHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, mask_BTS: Tensor 
     bias_BTS = torch.where(mask_BTS, 0.0, float("-inf")).to(q_BHTQ.dtype)
     scores_BHTS = q_BHTQ @ k_BHSQ.transpose(2, 3) + bias_BTS[:, None]
     return (scores_BHTS.softmax(-1) @ v_BHSV).transpose(1, 2)  # torch sums a BF16 softmax in FP32 and rounds once
+
+
+def attend_in_tiles(q_BTHQ: Tensor, k_BSGQ: Tensor, v_BSGV: Tensor, mask_BTS: Tensor, *, scale: float) -> Tensor:
+    """The same, (B, T, H, V), with sums in an order that the number of keys and rows does not change.
+
+    Products are of the queries that share a key-value head (a multiple of 8 rows: fewer take other paths through a
+    CPU's kernels) with KEY_TILE keys. Tiles are added one after the other; those that the mask hides add exact zeros.
+    """
+    (batch, n_tokens, n_heads, _), (_, n_keys, n_groups, width) = q_BTHQ.shape, v_BSGV.shape
+    assert n_keys % KEY_TILE == 0, f"{n_keys} keys are not tiles of {KEY_TILE}"
+    tiles = (n_keys // KEY_TILE, KEY_TILE)
+    k_ZLQ, v_ZLV = (x.unflatten(1, tiles).transpose(2, 3).flatten(0, 2) for x in (k_BSGQ, v_BSGV))
+    q_BGTXQ = (q_BTHQ * scale).unflatten(2, (n_groups, -1)).transpose(1, 2)
+    rows = q_BGTXQ.shape[2:4]
+    missing = -rows.numel() % 8
+    q_BGMQ = F.pad(q_BGTXQ.flatten(2, 3), (0, 0, 0, missing))
+    q_ZMQ = q_BGMQ[:, None].expand(-1, tiles[0], -1, -1, -1).flatten(0, 2)
+    scores_ZML = torch.bmm(q_ZMQ, k_ZLQ.transpose(1, 2))[:, : rows.numel()]
+    scores_BJGTXL = scores_ZML.reshape(batch, tiles[0], n_groups, *rows, KEY_TILE)
+    mask_BJTL = mask_BTS.unflatten(2, tiles).transpose(1, 2)
+    scores_BJGTXL = scores_BJGTXL.masked_fill(~mask_BJTL[:, :, None, :, None], float("-inf"))
+    weights_BJGTXL = (scores_BJGTXL - scores_BJGTXL.amax((1, 5), keepdim=True)).exp()
+    sums_BJGTX = weights_BJGTXL.sum(-1)
+    weights_ZML = F.pad(weights_BJGTXL.flatten(0, 2).flatten(1, 2), (0, 0, 0, missing))
+    parts_ZMV = torch.bmm(weights_ZML, v_ZLV)[:, : rows.numel()]
+    parts_BJGTXV = parts_ZMV.reshape(batch, tiles[0], n_groups, *rows, width)
+    sum_BGTX, out_BGTXV = sums_BJGTX[:, 0], parts_BJGTXV[:, 0]
+    for tile in range(1, tiles[0]):
+        sum_BGTX, out_BGTXV = sum_BGTX + sums_BJGTX[:, tile], out_BGTXV + parts_BJGTXV[:, tile]
+    return (out_BGTXV / sum_BGTX[..., None]).transpose(1, 2).reshape(batch, n_tokens, n_heads, width)

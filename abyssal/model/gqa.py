@@ -8,13 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from abyssal.model.attention import AttentionContext, attend, core_dtype
+from abyssal.model.attention import AttentionContext, attend, attend_in_tiles, core_dtype
 from abyssal.model.config import ModelConfig
 from abyssal.model.linear import Linear
 from abyssal.model.rope import rotate
 
 
 class GQA(nn.Module):
+    invariant = False
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
@@ -32,8 +34,11 @@ class GQA(nn.Module):
         if context.cache is not None:
             entries = context.cache.update(self.layer, torch.cat((k_BSGQ, v_BSGQ), dim=2).flatten(2))
             k_BSGQ, v_BSGQ = entries.unflatten(-1, heads).chunk(2, dim=2)
-        core = core_dtype(x_BTD)
-        out_BTHQ = attend(
-            q_BTHQ.to(core), k_BSGQ.to(core), v_BSGQ.to(core), context.mask_BTS, scale=self.config.softmax_scale
-        )
+        core, scale = core_dtype(x_BTD, invariant=self.invariant), self.config.softmax_scale
+        q_BTHQ, k_BSGQ, v_BSGQ = q_BTHQ.to(core), k_BSGQ.to(core), v_BSGQ.to(core)
+        if self.invariant:
+            assert context.mask_BTS is not None, "invariant attention reads from a cache"
+            out_BTHQ = attend_in_tiles(q_BTHQ, k_BSGQ, v_BSGQ, context.mask_BTS, scale=scale)
+        else:
+            out_BTHQ = attend(q_BTHQ, k_BSGQ, v_BSGQ, context.mask_BTS, scale=scale)
         return self.o_proj(out_BTHQ.to(x_BTD.dtype).flatten(2))

@@ -21,6 +21,17 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
+def sigmoid(x: Tensor, *, invariant: bool) -> Tensor:
+    """In FP32. torch's own is faster, but on a CPU the last elements of a tensor take another path than the others:
+    their last bit depends on how many there are. Its exp has no such end. (Not for training: no gradient at -100.)"""
+    return 1 / (1 + (-x.float()).exp()) if invariant else x.float().sigmoid()
+
+
+def silu(x: Tensor, *, invariant: bool) -> Tensor:
+    """x * sigmoid(x), in x's dtype; as above."""
+    return (x.float() / (1 + (-x.float()).exp())).to(x.dtype) if invariant else F.silu(x)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in FP32 whatever x is."""
 

@@ -2,7 +2,8 @@
 
 Keys and values of all heads come from one latent of width C; the cache keeps that latent, already normalised, and one
 rotated key that all heads share. Expanded: make every head's keys and values, then attend (training, prefill).
-Absorbed: fold W_UK into the query and W_UV into the output, so each head attends to the latent itself (decode).
+Absorbed: fold W_UK into the query and W_UV into the output, so each head attends to the latent itself (decode; every
+token in the engine's invariant mode).
 Letters: B batch, T query tokens, S key tokens, D width, H heads, N nope dim, R rope dim, C kv latent, V value dim.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from abyssal.model.attention import AttentionContext, attend, core_dtype
+from abyssal.model.attention import AttentionContext, attend, attend_in_tiles, core_dtype
 from abyssal.model.config import ModelConfig
 from abyssal.model.linear import Linear, RMSNorm
 from abyssal.model.rope import rotate
@@ -20,6 +21,8 @@ LATENT_NORM_EPS = 1e-6  # as in the official code, whatever the config's rms_nor
 
 
 class MLA(nn.Module):
+    invariant = False
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
@@ -41,9 +44,9 @@ class MLA(nn.Module):
         if context.cache is not None:
             entries_BTW = context.cache.update(self.layer, entries_BTW)
         # one query token: absorbing costs H*N*C per query instead of H*(N+V)*C per key
-        absorb = context.cache is not None and x_BTD.shape[1] == 1
+        absorb = context.cache is not None and (x_BTD.shape[1] == 1 or self.invariant)
         form = self.absorbed if absorb else self.expanded
-        core = core_dtype(x_BTD)
+        core = core_dtype(x_BTD, invariant=self.invariant)
         out_BTHV = form(q_nope_BTHN.to(core), q_rope_BTHR.to(core), entries_BTW.to(core), context.mask_BTS)
         return self.o_proj(out_BTHV.to(x_BTD.dtype).flatten(2))
 
@@ -88,7 +91,14 @@ class MLA(nn.Module):
         kv_b = self.kv_b_proj.weight.to(q_nope_BTHN.dtype).unflatten(0, (heads, -1))
         w_uk_HNC, w_uv_HVC = kv_b.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         q_latent_BTHC = torch.einsum("bthn,hnc->bthc", q_nope_BTHN, w_uk_HNC)
-        q_BXW = torch.cat((q_latent_BTHC, q_rope_BTHR), dim=-1).flatten(1, 2)  # X = T x H queries share the keys
+        q_BTHW = torch.cat((q_latent_BTHC, q_rope_BTHR), dim=-1)
+        if self.invariant:
+            assert mask_BTS is not None, "invariant attention reads from a cache"
+            keys_BSGW = entries_BSW[:, :, None]  # G = 1: the latent is the one key-value head of all
+            values_BSGC = keys_BSGW[..., : config.kv_lora_rank]
+            out_BTHC = attend_in_tiles(q_BTHW, keys_BSGW, values_BSGC, mask_BTS, scale=config.softmax_scale)
+            return torch.einsum("bthc,hvc->bthv", out_BTHC, w_uv_HVC)
+        q_BXW = q_BTHW.flatten(1, 2)  # X = T x H queries share the keys
         scores_BXS = q_BXW @ entries_BSW.transpose(1, 2)
         scores_BTHS = scores_BXS.to(torch.promote_types(scores_BXS.dtype, torch.float32)).unflatten(1, (tokens, heads))
         scores_BTHS = scores_BTHS * config.softmax_scale

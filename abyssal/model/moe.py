@@ -7,6 +7,7 @@ Letters: B batch, T tokens, N tokens of the whole batch (B x T), D width, F expe
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from abyssal.kernels.grouped import grouped_matmul
 from abyssal.model.config import ModelConfig
-from abyssal.model.linear import Linear
+from abyssal.model.linear import Linear, sigmoid, silu
 
 FEW = (2, 32)  # rows of an expert, on average, between which one BF16 product for all beats one for each
 
@@ -32,6 +33,8 @@ class Routing(NamedTuple):
 class DenseFFN(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
+    invariant = False
+
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
         self.gate_proj = Linear(dim, width)
@@ -39,13 +42,14 @@ class DenseFFN(nn.Module):
         self.down_proj = Linear(width, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu(self.gate_proj(x), invariant=self.invariant) * self.up_proj(x))
 
 
 class Gate(nn.Module):
     """Chooses K experts for each token, among the best groups only."""
 
     e_score_correction_bias: Tensor
+    invariant = False
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -59,7 +63,8 @@ class Gate(nn.Module):
         this gate's own, so it learns about the experts that were really used. (router replay, DeepSeek-V3.2)"""
         config = self.config
         logits_NE = F.linear(x_ND.float(), self.weight.float())
-        scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
+        by_sigmoid = config.scoring_func == "sigmoid"
+        scores_NE = sigmoid(logits_NE, invariant=self.invariant) if by_sigmoid else logits_NE.softmax(-1)
         experts_NK = self.choose(scores_NE.detach())
         if replay_NK is not None:
             experts_NK = torch.where(replay_NK >= 0, replay_NK, experts_NK)
@@ -94,6 +99,8 @@ class Gate(nn.Module):
 class Experts(nn.Module):
     """All routed experts as two stacked weights, run as grouped matmuls over tokens sorted by expert."""
 
+    invariant = False  # always grouped, rows in eights: a token's bits do not depend on its expert's other tokens
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         n, dim, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
@@ -106,15 +113,21 @@ class Experts(nn.Module):
         even = x_ND.dtype == torch.bfloat16 and not x_ND.is_cuda and FEW[0] <= mean_count < FEW[1]
         least = 8 if x_ND.dtype == torch.float32 else 1
         power = 1 << (mean_count // 16).bit_length() >> 1  # a sixteenth of the mean: little is computed for nothing
-        multiple = None if even else min(max(power, least), 64)
-        places_X, ends_E = padded_places(routing.experts_NK.flatten(), n_experts, 1 if x_ND.is_cuda else multiple)
+        multiple = 1 if x_ND.is_cuda else None if even else min(max(power, least), 64)
+        if self.invariant:
+            even, multiple = False, 8
+        places_X, ends_E = padded_places(routing.experts_NK.flatten(), n_experts, multiple)
         source_P = ends_E.new_zeros(int(ends_E[-1]))  # P rows: assignments, and padding that copies token 0
         source_P[places_X] = torch.arange(n_tokens * k, dtype=torch.int32, device=x_ND.device) // k
         x_PD = x_ND.index_select(0, source_P)  # index_select: x[idx] has a slow backward on CPU
         gate, up = grouped_matmul(x_PD, self.gate_up_proj.to(x_ND.dtype), ends_E, even=even).chunk(2, dim=-1)
-        y_PD = grouped_matmul((F.silu(gate) * up).contiguous(), self.down_proj.to(x_ND.dtype), ends_E, even=even)
+        gated_PF = (silu(gate, invariant=self.invariant) * up).contiguous()
+        y_PD = grouped_matmul(gated_PF, self.down_proj.to(x_ND.dtype), ends_E, even=even)
         y_NKD = y_PD.index_select(0, places_X).view(n_tokens, k, -1)  # nobody reads the padding, so it has no gradient
-        return (y_NKD * routing.weights_NK[..., None]).sum(1).to(x_ND.dtype)  # weights are FP32: so is the sum
+        weighted_NKD = y_NKD * routing.weights_NK[..., None]  # weights are FP32: so is the sum
+        if self.invariant:  # one after the other: with many threads `sum` adds some columns in another order
+            return functools.reduce(torch.add, weighted_NKD.unbind(1)).to(x_ND.dtype)
+        return weighted_NKD.sum(1).to(x_ND.dtype)
 
 
 def padded_places(experts_X: Tensor, n_experts: int, multiple: int | None) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,10 @@ from abyssal.model.attention import AttentionContext, cached_mask, segment_mask
 from abyssal.model.block import Block
 from abyssal.model.cache import CacheView
 from abyssal.model.config import ModelConfig
+from abyssal.model.gqa import GQA
 from abyssal.model.linear import Linear, RMSNorm
-from abyssal.model.moe import Experts, Gate, Routing
+from abyssal.model.mla import MLA
+from abyssal.model.moe import DenseFFN, Experts, Gate, Routing
 from abyssal.model.mtp import MtpModule
 from abyssal.model.rope import rope_amplitude, rope_frequencies, rope_tables
 
@@ -137,18 +139,23 @@ class Transformer(nn.Module):
         return [m for m in self.modules() if isinstance(m, Gate) and m.config.topk_method == "noaux_tc"]
 
     @torch.no_grad()
-    def inference_copy(self) -> Transformer:
+    def inference_copy(self, *, invariant: bool = False) -> Transformer:
         """The same model with its weights cast once, as training casts them at each use; itself when none needs it.
 
-        Router and norms stay FP32, so the numbers are those of training.
+        Router and norms stay FP32, so the numbers are those of training. With `invariant`, layers that have a slower
+        form in which a row's bits do not depend on the other rows use it; in FP32 such a copy shares its weights.
         """
-        if self.dtype == torch.float32:
+        is_cast = self.dtype != torch.float32
+        if not is_cast and not invariant:
             return self
-        model = copy.deepcopy(self).requires_grad_(False)
+        shared = {} if is_cast else {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        model = copy.deepcopy(self, shared)
         for module in model.modules():
-            if isinstance(module, (Linear, Experts, nn.Embedding)):
+            if is_cast and isinstance(module, (Linear, Experts, nn.Embedding)):
                 module.to(self.dtype)
-        return model
+            if isinstance(module, (MLA, GQA, DenseFFN, Gate, Experts)):
+                module.invariant = invariant
+        return model.requires_grad_(False) if is_cast else model
 
 
 def count_parameters(model: Transformer) -> tuple[int, int]:

@@ -1,13 +1,15 @@
-"""The process behind MathVerifier: reads jobs from stdin, writes (value, error) to stdout, until stdin closes.
+"""The process behind WorkerProcess: reads jobs from stdin, writes (value, error) to stdout, until stdin closes.
 
-Owns the calls into math-verify and reasoning-gym. It is run as a file of its own and imports nothing of the package, so
-that it starts without torch. Whoever started it enforces the time limit; the alarm here only sees to it that no orphan
-goes on computing. Both directions are pickled: entries hold tuples, which JSON would turn into lists.
+Owns the calls into math-verify, reasoning-gym and a user's own rewards. It is run as a file of its own and imports
+nothing of the package by itself, so that it starts quickly. Whoever started it enforces the time limit; the alarm here
+only sees to it that no orphan goes on computing. Both directions are pickled: entries hold tuples, which JSON would
+turn into lists.
 """
 
 from __future__ import annotations
 
 import importlib
+import numbers
 import os
 import pickle
 import re
@@ -54,7 +56,7 @@ def score_gym(task: str, answer: str, entry: dict[str, Any]) -> float:
     return float(gym.get_score_answer_fn(task)(answer=answer, entry=entry))
 
 
-def run(job: tuple[Any, ...]) -> float:
+def run(job: tuple[Any, ...]) -> Any:
     match job:
         case ("import", package):
             importlib.import_module(package)
@@ -63,29 +65,58 @@ def run(job: tuple[Any, ...]) -> float:
             return compare(reference, answer)
         case ("reasoning_gym", task, answer, entry):
             return score_gym(task, answer, entry)
+        case ("path", path):  # of whoever asks: where a user's modules are found, and the package's types
+            sys.path[:] = path
+            return 1.0
+        case ("find", module, function):
+            if not callable(getattr(importlib.import_module(module), function, None)):
+                raise LookupError(f"module {module} has no function {function}")
+            return 1.0
+        case ("own", name, problem, message):
+            module, _, function = name.partition(":")
+            return getattr(importlib.import_module(module), function)(problem, message)
         case _:
             raise ValueError(f"no such job: {job!r}")
 
 
+def reply_to(who: str, job: tuple[Any, ...]) -> tuple[float | None, str | None]:
+    """(value, None) or (None, why): plain values alone, since what a user's function returns may not even pickle."""
+    try:
+        value = run(job)
+        error = getattr(value, "error", None)  # a Score
+        value = getattr(value, "value", value)
+        if value is None and error:
+            return None, one_line(f"unsure: {who}: {error}")
+        if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:  # NaN fails the comparison
+            return None, one_line(f"returned: {who}: returned {value!r}, not a number from 0 to 1")
+        return float(value), None
+    except BaseException as error:  # SystemExit too: whoever calls sys.exit() has not decided
+        return None, one_line(f"raised: {who}: {type(error).__name__}: {error}")
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())[:500]
+
+
 def main() -> None:
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a package that prints must not write between our replies
-    if sys.platform == "linux":
+    jobs, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)  # a function that asks for input must not eat our jobs
+    os.dup2(2, 1)  # nor may one that prints write between our replies
+    if sys.platform == "linux" and "guarded" in sys.argv:
         resource = importlib.import_module("resource")
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     while True:
         try:
-            limit_s, job = pickle.load(sys.stdin.buffer)
+            limit_s, batch = pickle.load(jobs)
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_REAL, limit_s + 1)  # its default action ends the process even inside C code
-        try:
-            reply: tuple[float | None, str | None] = (run(job), None)
-        except Exception as error:
-            reply = (None, f"{job[0]}: {type(error).__name__}: {error}"[:500])
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        pickle.dump(reply, replies)
-        replies.flush()
+        for who, job in batch:
+            signal.setitimer(signal.ITIMER_REAL, limit_s + 1)  # its default action ends the process even inside C code
+            reply = pickle.dumps(reply_to(who, job))
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            replies.write(len(reply).to_bytes(4, "big") + reply)
+            replies.flush()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from abyssal.model.rope import rope_frequencies
 from abyssal.model.transformer import Transformer
 from abyssal.stages.pretrain import PretrainConfig, pretrain
 from abyssal.stages.schedule_points import RecorderAt
-from abyssal.stages.tokenize import DataConfig, mixed_rows, plain_text
+from abyssal.stages.tokenize import DataConfig, TextStream, mixed_rows, plain_text
 from abyssal.tokens.tokenizer import Tokenizer
 
 BEFORE, UNTRAINED, AFTER = "base", "base with YaRN, untrained", "extended"  # whom needles are hidden from
@@ -109,6 +109,7 @@ def extend(
     config: ExtendConfig,
     like: PretrainConfig,
     data: DataConfig,
+    documents: Path,
     base: Path,
     context: int,
     first_problem: int,
@@ -117,9 +118,10 @@ def extend(
     device: torch.device,
     recorder_at: Callable[[Path, str], RecorderAt],
 ) -> dict[str, Any]:
-    """`base` is the checkpoint to start from, `context` the length it was trained on. Returns what the stage found."""
+    """`base` is the checkpoint to start from, `context` the length it was trained on, `documents` the cleaned text of
+    `tokenize`. Returns what the stage found."""
     lengths = config.grid.lengths_up_to(context * config.times[1])
-    hay_of = plain_text(data, tokenizer, split="held_out", seed=seed)
+    hay_of = plain_text(documents, data, tokenizer, split="held_out", seed=seed)
     grid = needle_grid(config.grid, lengths=lengths, hay_of=hay_of, tokenizer=tokenizer, seed=seed)  # or an error, now
     mix = replace(data, needles=config.needles)
     directories = (stage_dir / "phase1", stage_dir)
@@ -127,7 +129,9 @@ def extend(
         phase = config.phase(number, like, context)
         if number == 0 and (directory / "done.json").is_file():
             continue
-        write_rows(directory, phase, mix, tokenizer, seed=seed, first_problem=first_problem + number * 500_000)
+        write_rows(
+            directory, phase, mix, tokenizer, documents, seed=seed, first_problem=first_problem + number * 500_000
+        )
         source = base if number == 0 else directories[0] / "checkpoint"
         model = load_checkpoint(source, dtype=phase.dtype, device=device).model
         if number == 0:
@@ -181,16 +185,24 @@ def stretched(model: Transformer, scaling: RopeScaling) -> Transformer:
 
 
 def write_rows(
-    directory: Path, phase: PretrainConfig, mix: DataConfig, tokenizer: Tokenizer, *, seed: int, first_problem: int
+    directory: Path,
+    phase: PretrainConfig,
+    mix: DataConfig,
+    tokenizer: Tokenizer,
+    documents: Path,
+    *,
+    seed: int,
+    first_problem: int,
 ) -> None:
     """As many long rows as the phase trains on, and some to measure the loss on; each folder whole or not at all."""
     sizes: list[tuple[Split, int]] = [("train", phase.steps * phase.rows), ("held_out", phase.eval_rows)]
     for split, n_rows in sizes:
         if (directory / split / "index.json").is_file():
             continue
+        text = TextStream(documents, mix, tokenizer, split=split, seed=seed) if mix.text_share > 0 else None
         rows = mixed_rows(
-            mix, tokenizer, split=split, seed=seed, row_len=phase.row_len, n_tokens=n_rows * phase.row_len,
-            first=first_problem,
+            mix, tokenizer, documents, text, split=split, seed=seed, row_len=phase.row_len,
+            n_tokens=n_rows * phase.row_len, first=first_problem,
         )  # fmt: skip
         with TokenWriter(directory / split, vocab_size=tokenizer.vocab_size) as writer:
             for ids, mask in rows:

@@ -21,6 +21,8 @@ from abyssal.stages.rl import ProblemStream
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Problem
 
+FIRST_MEASURED = 1_000_000  # not the held-out problems that RL looks at
+
 
 def measure(
     stage_dir: Path,
@@ -38,7 +40,7 @@ def measure(
     """Leaves results.json and traces.json; a checkpoint that is already in results.json is not measured again."""
     # a list of the user's own is asked once through: the same problem twice would only narrow the intervals
     n_problems = min(config.problems, len(stream.own_held_out) or config.problems)
-    problems = [stream.at(1_000_000 + i, "held_out") for i in range(n_problems)]  # not those that RL looks at
+    problems = [stream.at(FIRST_MEASURED + i, "held_out") for i in range(n_problems)]
     strangers = [] if stream.own else never_trained(source, config, seed)
     partial_path, traces_path = stage_dir / "results.json", stage_dir / "traces.json"
     results: dict[str, Any] = json.loads(partial_path.read_text()) if partial_path.is_file() else {"checkpoints": {}}

@@ -142,6 +142,8 @@ def pretrain(
     held_out_batch = to_batch(*held_out)
 
     with recorder_at(state.step) as recorder:
+        if state.remark:
+            recorder.log(state.remark, aloud=True)
         for step in range(state.step, config.steps):
             began = time.perf_counter()
             rows_seen = loader.position

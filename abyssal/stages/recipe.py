@@ -56,6 +56,7 @@ class RlDataConfig:
 
     train: str = ""
     held_out: str = ""
+    reward_limit_s: float = 10.0  # for one answer; later than that it is undecided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +148,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if value not in arguments:
             raise ValueError(f"{where}={value!r}; use one of {', '.join(map(repr, arguments))}")
         return value
+    if origin is tuple and arguments[-1] is Ellipsis:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}={value!r} must be a list")
+        return tuple(_value(arguments[0], v, where) for v in value)
     if origin is tuple:
         if arguments[1:] == (...,):  # of any length
             if not isinstance(value, list | tuple):

@@ -63,9 +63,11 @@ class RlConfig:
     row_len: int = 256
     rows_per_pass: int = 16
     compare_answers: int = 32  # per step, recomputed by the trainer to measure the mismatch
+    invariant: bool = False  # rollouts whose bits depend on no neighbour (engine/runner.py); slower
     eval_every: int = 10
     eval_problems: int = 100
     save_every: int = 10
+    max_undecided: float = 0.5  # share of a step's answers; with more that no verifier could decide, the stage stops
     dtype: Literal["float32", "bfloat16"] = "float32"
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
 
@@ -88,6 +90,8 @@ class RlConfig:
             )
         if self.seconds < 0:
             raise ValueError(f"seconds={self.seconds} is negative; use inf for no limit")
+        if not 0 <= self.max_undecided <= 1:
+            raise ValueError(f"max_undecided={self.max_undecided} is a share of answers; use 0 to 1")
         if self.answers < 2:
             raise ValueError(f"answers={self.answers}: an answer is compared with its group; draw at least 2")
 
@@ -140,17 +144,21 @@ def reinforce(
         max_batch=config.problems * config.answers,
         record_sampling=True,
         vocab_size=tokenizer.vocab_size,
+        invariant=config.invariant,
     )
     params = config.sampling
     device = model.embed_tokens.weight.device
 
     with recorder_at(state.step) as recorder:
         worked_s = seconds_of_work(read_steps(stage_dir / "metrics.jsonl"))
+        if state.remark:
+            recorder.log(state.remark, aloud=True)
         for step in range(state.step, state.extra.get("ended_at", config.steps)):
             began = time.perf_counter()
             groups = draw_groups(
                 engine, tokenizer, stream, state, config, params, verifiers, seed=seed + step, judge=judge
             )
+            check_undecided(groups, config, verifiers, step)
             drawn = time.perf_counter()
             kept, advantages = learnable(groups, divide_by_std=config.grpo.divide_by_std)
             compared_from = time.perf_counter()
@@ -308,6 +316,20 @@ def preference_reward(judged: float, grade: Grade, config: RlConfig) -> float:
     )
 
 
+def check_undecided(groups: Groups, config: RlConfig, verifiers: Verifiers, step: int) -> None:
+    """Stop where most answers are undecided: the rest would teach little, and somebody must look at the verifier."""
+    undecided = [rollout for rollout, g in zip(groups.rollouts, groups.grades, strict=True) if g.accuracy is None]
+    if len(undecided) <= config.max_undecided * len(groups.grades):
+        return
+    reason, count = next(iter(error_reasons(groups.grades).items()))
+    verifiers.forget([(rollout.problem, rollout.message) for rollout in undecided])
+    raise ValueError(
+        f"step {step}: {len(undecided)} of {len(groups.grades)} answers are undecided, most often ({count}) {reason!r}"
+        f"; mend that and start again, the stage goes on from its last checkpoint (or raise "
+        f"max_undecided={config.max_undecided})"
+    )
+
+
 def reward(grade: Grade, config: RlConfig) -> float:
     """accuracy + format + language, weighted; NaN where the verifier could not decide, never a silent 0."""
     if grade.accuracy is None:
@@ -347,8 +369,10 @@ def held_out(
     seen = summary(grade(rollouts, verifiers, tokenizer)) | drafting(model, tokenizer, rollouts)
     return {
         f"held_out_{name}": seen[name]
-        for name in ("accuracy", "think_share", "length", "length_thinking", "mixed_share", "mtp_acceptance")
-        if name in seen
+        for name in (
+            "accuracy", "think_share", "length", "length_thinking", "mixed_share", "mtp_acceptance", "verifier_errors"
+        )
+        if name in seen and (name != "verifier_errors" or seen[name])
     }
 
 

@@ -96,7 +96,7 @@ class Run:
     def stream(self, config_instructions: float = 0.0) -> ProblemStream:
         files = self.recipe.rl_data
         own = tuple(read_user_problems(files.train)) if files.train else ()
-        own_held_out = tuple(read_user_problems(files.held_out)) if files.held_out else ()
+        own_held_out = tuple(read_user_problems(files.held_out, distinct=True)) if files.held_out else ()
         if bool(own) != bool(own_held_out):
             raise ValueError(
                 f"rl_data.train={files.train!r} and rl_data.held_out={files.held_out!r}: give both, or the measure "

@@ -66,6 +66,8 @@ def fine_tune(
     device = model.embed_tokens.weight.device
 
     with recorder_at(state.step) as recorder:
+        if state.remark:
+            recorder.log(state.remark, aloud=True)
         for step in range(state.step, len(batches)):
             began = time.perf_counter()
             batch = batches[step].to(device)

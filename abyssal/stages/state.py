@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from abyssal.checkpoint.atomic import finish_swap
 from abyssal.checkpoint.resume import TrainerState, has_trainer, load_trainer
 from abyssal.checkpoint.save import save_checkpoint
 from abyssal.model.transformer import Transformer
@@ -28,6 +29,7 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
+    remark: str = ""  # on what it was resumed from, to be said once
 
 
 def build_optimizers(
@@ -64,7 +66,8 @@ def save_state(
     checkpoint: Path, state: TrainState, tokenizer: Tokenizer, *, generation: dict[str, Any] | None = None
 ) -> None:
     """The Hugging Face directory and trainer/ beside it, as one atomic swap."""
-    content = {"step": state.step, "tokens": state.tokens, "extra": state.extra}
+    device = state.model.embed_tokens.weight.device
+    content = {"step": state.step, "tokens": state.tokens, "extra": state.extra, "computed_by": computed_by(device)}
     save_checkpoint(
         checkpoint,
         state.model,
@@ -76,8 +79,19 @@ def save_state(
 
 def resume_state(checkpoint: Path, state: TrainState) -> bool:
     """Take up where the checkpoint stopped; False when there is none to take up."""
+    finish_swap(checkpoint)  # killed behind its last save, a stage saves no more and would leave the old one for good
     if not has_trainer(checkpoint):
         return False
     content = load_trainer(checkpoint, model=state.model, optimizers=dict(state.optimizers))
     state.step, state.tokens, state.extra = content["step"], content["tokens"], content["extra"]
+    now, then = computed_by(state.model.embed_tokens.weight.device), content.get("computed_by", {})
+    changed = [f"{name} {then[name]} -> {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
+    if changed:
+        state.remark = f"resumed elsewhere ({', '.join(changed)}): the last bits may differ from an uninterrupted run's"
     return True
+
+
+def computed_by(device: torch.device) -> dict[str, Any]:
+    """What decides how floating-point sums are ordered."""
+    kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return {"torch": str(torch.__version__), "device": kind, "threads": torch.get_num_threads()}

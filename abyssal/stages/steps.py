@@ -20,6 +20,7 @@ from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
 from abyssal.record import Recorder, read_steps, seconds_of_work
 from abyssal.reward.verifiers import Verifiers
+from abyssal.stages.evaluation_sets import evaluation_sets
 from abyssal.stages.extend import extend
 from abyssal.stages.foreign import foreign_model, foreign_tokenizer
 from abyssal.stages.measure import measure
@@ -50,6 +51,11 @@ def run_tokenize(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
             run.stage_dir(stage),
             config=recipe.tokenizer,
             data=recipe.data,
+            evaluation=evaluation_sets(
+                run,
+                seeds={stage: seed_of(run, stage) for stage in ("eval", "align")},
+                first_pair=FIRST_PROBLEM["align"] + REWARD_MODEL_FIRST,
+            ),
             row_len=recipe.pretrain.row_len,
             seed=recipe.run.seed,
             recorder=recorder,
@@ -92,6 +98,7 @@ def run_extend(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
         config=recipe.extend,
         like=recipe.pretrain,
         data=recipe.data,
+        documents=run.stage_dir("tokenize") / "documents",
         base=base,
         context=load_config(base).max_position_embeddings if whole else recipe.pretrain.row_len,
         first_problem=FIRST_PROBLEM[stage],
@@ -190,6 +197,7 @@ def run_traced_sft(run: Run, stage: str, verifiers: Verifiers, *, teacher: str, 
                 seed=seed_of(run, stage),
                 recorder=recorder,
             )
+    if (directory / "traces").is_dir():
         write_whole(directory / "traces" / "done.json", "{}\n")
     traces = read_conversations(directory / "traces.jsonl") if config.traces.problems else []
     general = general_data(run, config.general, first=FIRST_PROBLEM[stage] + config.traces.problems)

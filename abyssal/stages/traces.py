@@ -16,13 +16,15 @@ from typing import Any
 from abyssal.data.user_examples import read_conversations
 from abyssal.data.worked import in_one_language
 from abyssal.engine.engine import Engine
-from abyssal.evals.grade import Grade, grade
+from abyssal.evals.grade import Grade, error_reasons, grade, summary
 from abyssal.record import Recorder
 from abyssal.reward.verifiers import Verifiers
 from abyssal.rollout import sample_answers
 from abyssal.stages.rl import ProblemStream
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Conversation, Message, Problem, Rollout, SamplingParams
+
+COUNTED = ("truncated_share", "verifier_errors", "undecided_")  # what a step of sampling tells of its grades
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,8 @@ def sample_traces(
             counts["one of several"] += len(good) - len(chosen)
             kept += [conversation_of(rollout.problem, rollout.message) for rollout in chosen]
         counts.update(reason for reason in reasons if reason is not None)
+        for why, count in error_reasons(grades).items():
+            recorder.log(f"the verifier could not decide {count} answers: {why}")
         recorder.step(
             step,
             len(starts),
@@ -86,6 +90,7 @@ def sample_traces(
                 "kept": len(kept),
                 "sampled": (start + len(problems)) * config.answers,
                 "tokens": sum(len(r.completion.ids) for r in rollouts),
+                **{name: value for name, value in summary(grades).items() if name.startswith(COUNTED)},
             },
         )
     refused = ", ".join(f"{reason} {n}" for reason, n in counts.most_common() if n)

@@ -29,8 +29,8 @@ from abyssal.stages.steps import STEPS
 
 # the sections of the recipe that a stage reads, where they are not its own and rl_data
 READS: dict[str, tuple[str, ...]] = {
+    "tokenize": ("tokenizer", "data", "rl_data"),
     "extend": ("extend", "pretrain", "data"),
-    "tokenize": ("tokenizer", "data"),
     "pretrain": ("model", "pretrain"),
     "align": ("align", "rl_data", "reward_model"),
     "distil": ("student", "student_pretrain", "distil", "rl_data"),
@@ -38,6 +38,7 @@ READS: dict[str, tuple[str, ...]] = {
     "on_policy": ("student", "student_pretrain", "on_policy", "rl_data"),
     "report": (),
 }
+LIMITS = ("reward_limit_s", "max_undecided")
 # they begin from base, or from what began there
 FROM_BASE = tuple(stage for stage in CHECKPOINTS if stage != "pretrain")
 # what a stage leaves behind that a later start takes up
@@ -75,7 +76,8 @@ def check_same(old: dict[str, Any], new: dict[str, Any], run: Run) -> None:
 
 def settled(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
     """What of a recipe a stage has read."""
-    read = {f"[{section}]": recipe.get(section) for section in READS.get(stage, (stage, "rl_data"))}
+    sections = READS.get(stage, (stage, "rl_data"))
+    read: dict[str, Any] = {f"[{name}]": without_limits(recipe.get(name)) for name in sections}
     read["run.seed"] = recipe["run"]["seed"]
     if stage in ("tokenize", "pretrain"):
         read["run.base"] = recipe["run"]["base"]
@@ -84,6 +86,11 @@ def settled(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
     if stage == "tokenize":  # it lays the mix out in rows of this length
         read["pretrain.row_len"] = recipe["pretrain"]["row_len"]
     return read
+
+
+def without_limits(section: Any) -> Any:
+    """A section without what a stopped stage tells its user to raise."""
+    return {k: v for k, v in section.items() if k not in LIMITS} if isinstance(section, dict) else section
 
 
 @contextmanager
@@ -101,7 +108,8 @@ def alone(directory: Path) -> Iterator[None]:
 
 def walk(run: Run, stages: tuple[str, ...] = STAGES) -> None:
     """Each stage in turn; finished ones are named and passed over."""
-    with alone(run.directory), Verifiers() as verifiers:
+    limit_s = run.recipe.rl_data.reward_limit_s
+    with alone(run.directory), Verifiers(own_limit_s=limit_s) as verifiers:
         check_own_data(run, verifiers)
         for stage in stages:
             is_done = (run.stage_dir(stage) / "done.json").is_file()
@@ -113,14 +121,16 @@ def walk(run: Run, stages: tuple[str, ...] = STAGES) -> None:
                 continue
             began = time.time()
             run.stage_dir(stage).mkdir(parents=True, exist_ok=True)
-            summary = STEPS[stage](run, stage, verifiers)
+            with verifiers.recorded_in(run.stage_dir(stage) / "verdicts.jsonl"):
+                summary = STEPS[stage](run, stage, verifiers)
             done = {"stage": stage, "last_session_s": round(time.time() - began, 1), **machine(run), **summary}
-            write_whole(run.stage_dir(stage) / "done.json", json.dumps(done, indent=2) + "\n")
             if stage == "extend":  # it made another base, whose results are not the old one's
                 (run.stage_dir("eval") / "results.json").unlink(missing_ok=True)
             if stage in CHECKPOINTS or stage == "extend":  # an evaluation or a report from before is out of date
                 for later in ("eval", "report"):
                     (run.stage_dir(later) / "done.json").unlink(missing_ok=True)
+            # last of all: behind it nobody comes back to this stage
+            write_whole(run.stage_dir(stage) / "done.json", json.dumps(done, indent=2) + "\n")
 
 
 def check_own_data(run: Run, verifiers: Verifiers) -> None:

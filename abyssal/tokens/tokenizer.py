@@ -144,6 +144,11 @@ class Tokenizer:
         return self.token_id(self._configured("bos_token", BOS))
 
     @property
+    def adds_bos(self) -> bool:
+        """Did plain text begin with the begin token in pretraining? In our own it did not."""
+        return bool(self._config.get("add_bos_token", False))
+
+    @property
     def eos_id(self) -> int:
         return self.token_id(self._configured("eos_token", EOS))
 
