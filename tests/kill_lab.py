@@ -47,11 +47,12 @@ SMALLER: dict[str, dict[str, Any]] = {
     "data": {"tokens": 3_000, "held_out_tokens": 300},
     "pretrain": {"steps": 6, "rows": 2, "micro_rows": 1, "eval_every": 3, "eval_rows": 1, "save_every": 2},
     "student_pretrain": {"steps": 3, "rows": 2, "eval_rows": 1, "save_every": 1},
-    "zero": {"steps": 4, "max_tokens": 12, "save_every": 2, "eval_every": 2, "reference_every": 3},
-    "reason": {"steps": 3, "max_tokens": 12, "save_every": 1},
-    "align": {"steps": 3, "max_tokens": 12, "save_every": 2},
+    "zero": {"steps": 4, "answers": 12, "max_tokens": 12, "save_every": 2, "eval_every": 2, "reference_every": 3,
+             "grpo": {"minibatches": 2}},
+    "reason": {"steps": 3, "answers": 12, "max_tokens": 12, "save_every": 1},
+    "align": {"steps": 3, "answers": 12, "max_tokens": 12, "save_every": 2},
     "eval": {"problems": 3, "max_tokens": 8},
-}
+}  # fmt: skip
 REWARD = '''
 def judge(problem, message):
     """Right if short; for some answers it does not know."""
@@ -183,7 +184,7 @@ def left_behind(limit_s: float = 20.0) -> int:
 
 
 def choose(counts: Counter[str], n_points: int, rng: random.Random) -> list[Point]:
-    """At random, but one in a rollout and one in a save where there are such."""
+    """At random, but one in a rollout and one in a save where there are such, both late enough to have saved before."""
     kinds = [kind for kind in sorted(counts) if counts[kind]]
     saves = [kind for kind in ("weights", "trainer", "rename") if counts[kind]]
     chosen = [["rollout"]] if counts["rollout"] else []
@@ -192,9 +193,10 @@ def choose(counts: Counter[str], n_points: int, rng: random.Random) -> list[Poin
     points = []
     for among in chosen[:n_points]:
         kind = rng.choice(among)
+        first = 0 if among is kinds else counts[kind] // 2
         when = rng.choice(["before", "midst", "after"]) if kind in ("weights", "trainer", "line", "rmtree") else (
             rng.choice(["before", "after"]))  # fmt: skip
-        points.append(Point(kind, rng.randrange(counts[kind]), when))
+        points.append(Point(kind, rng.randrange(first, counts[kind]), when))
     return points
 
 

@@ -43,6 +43,11 @@ def test_sigkill_anywhere_gives_the_same_bits(tmp_path: Path):
     assert len(killed) == 3 * len(KILLED)
     in_rollouts = {entry["stage"] for entry in killed if "rollout" in entry["point"]}
     assert in_rollouts == set(KILLED) - {"tokenize", "pretrain", "extend"}
+    whole = tmp_path / "whole" / "micro"
+    for stage in ("zero", "reason", "align"):  # there was something to learn, or equal weights would say little
+        metrics = [json.loads(line) for line in (whole / stage / "metrics.jsonl").read_text().splitlines()]
+        assert any(entry["zero_variance_share"] < 1 for entry in metrics), stage
+    assert list(whole.rglob("verdicts.jsonl"))  # and something undecided
 
 
 @pytest.mark.slow
