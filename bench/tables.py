@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+
+from ablation_table import ablation_lines
 
 from abyssal.record import read_steps, seconds_of_work
 
@@ -149,6 +152,28 @@ def bench_table() -> list[str]:
     return lines
 
 
+def grpo_table() -> list[str]:
+    """The last line of each size, precision and thread count."""
+    path = RESULTS / "grpo.jsonl"
+    if not path.is_file():
+        return ["Not measured yet."]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    titles = ("GRPO step", "precision", "threads", "Abyssal samples/s", "TRL samples/s", "ratio", "range of pairs")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in {(row["size"], row["dtype"], row["threads"]): row for row in rows}.values():
+        lines.append(
+            f"| {row['size']}, {row['problems']} x {row['answers']} answers of {row['new_tokens']} tokens "
+            f"| {row['dtype']} | {row['threads']} | {max(row['ours_samples_per_s']):.1f} "
+            f"| {max(row['theirs_samples_per_s']):.1f} | **{row['ratio']:.2f}** "
+            f"| {row['ratio_min']:.2f} to {row['ratio_max']:.2f} |"
+        )
+    return lines
+
+
+def ablation_tables() -> list[str]:
+    return ablation_lines(RESULTS / "ablations")
+
+
 def share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f} %"
 
@@ -157,22 +182,30 @@ def millions(count: int) -> str:
     return f"{count / 1e6:.2f}M"
 
 
+TABLES = {
+    "laptop": partial(run_table, "laptop"),
+    "laptop_full": partial(run_table, "laptop_full"),
+    "arms": arms_table,
+    "budget": budget_table,
+    "bench": bench_table,
+    "grpo": grpo_table,
+    "ablations": ablation_tables,
+}
+
+
 def main() -> None:
     if len(sys.argv) > 1:
         keep(Path(sys.argv[1]))
+    write_tables(tuple(TABLES))
+
+
+def write_tables(names: Sequence[str]) -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    tables = {
-        "laptop": partial(run_table, "laptop"),
-        "laptop_full": partial(run_table, "laptop_full"),
-        "arms": arms_table,
-        "budget": budget_table,
-        "bench": bench_table,
-    }
-    for name, make in tables.items():
+    for name in names:
         if f"<!-- table: {name} -->" not in text:
             continue
-        table = "\n".join(make())
+        table = "\n".join(TABLES[name]())
         before, rest = text.split(f"<!-- table: {name} -->\n")
         text = f"{before}<!-- table: {name} -->\n{table}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
     readme.write_text(text, encoding="utf-8")
