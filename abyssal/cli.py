@@ -5,18 +5,17 @@ An error that a user can cause ends in one line on stderr and exit status 1; Ctr
 
 from __future__ import annotations
 
-import contextlib
-import io
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 
 from abyssal.checkpoint.atomic import find_directory
+from abyssal.commands.options import parsed
 from abyssal.evals.page import write_report
 from abyssal.stages.recipe import Recipe, read_recipe
 from abyssal.stages.results import print_results
@@ -90,20 +89,6 @@ def walk_recipe(arguments: list[str], stages: tuple[str, ...], *, prog: str) -> 
     walk(run, stages)
     if stages == STAGES:
         print_results(run.directory, console)
-
-
-def parsed(kind: type[Any], *, prog: str, **options: Any) -> Any:
-    """Options read by tyro; what it says of a wrong one, a box of many lines, becomes one."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, prog=prog, **options)
-    except SystemExit as end:
-        if not end.code:  # --help
-            raise
-    lines = [line.strip("│ ") for line in said.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
-    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-    raise ValueError(f"{' '.join(lines[:rule])}; {prog} --help lists what there is")
 
 
 def chat(arguments: list[str]) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from abyssal.checkpoint.save import load_checkpoint
+from abyssal.checkpoint.load import load_checkpoint
 from abyssal.engine.engine import Engine
 from abyssal.model.transformer import Transformer
 from abyssal.tokens.chat import ThinkingMode, parse, render

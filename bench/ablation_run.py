@@ -25,7 +25,7 @@ import torch
 from ablation_arms import RECIPES, Arm, Stage, json_equal, recipe_of, settings_of
 from rich.console import Console
 
-from abyssal.checkpoint.save import load_checkpoint
+from abyssal.checkpoint.load import load_checkpoint
 from abyssal.data.loader import RowLoader
 from abyssal.loss.balance import expert_load, max_violation
 from abyssal.machine import keep_freed_memory, set_threads

@@ -26,7 +26,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from abyssal.checkpoint.save import load_checkpoint
+from abyssal.checkpoint.load import load_checkpoint
 from abyssal.data.problems import ProblemSource
 from abyssal.data.worked import right_content, write_thinking
 from abyssal.evals.tasks import EvalConfig, evaluate
@@ -103,7 +103,7 @@ def measured(model: Transformer, tokenizer: Tokenizer, stream: ProblemStream, ve
     problems = [stream.at(1_000_000 + i, "held_out") for i in range(n)]
     config = EvalConfig(problems=n, answers=1, max_tokens=MAX_TOKENS)
     overall = evaluate(model, tokenizer, problems, config=config, verifiers=verifiers, seed=0).overall
-    names = ("accuracy", "ci_low", "ci_high", "think_share", "length", "truncated_share", "mismatch_max")
+    names = ("accuracy", "ci_low", "ci_high", "think_share", "length", "truncated_share")
     return {name: round(overall[name], 5) for name in names}
 
 

@@ -34,7 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl import GRPOConfig as TrlConfig
 from trl import GRPOTrainer
 
-from abyssal.checkpoint.save import load_checkpoint, save_checkpoint
+from abyssal.checkpoint.load import load_checkpoint
+from abyssal.checkpoint.save import save_checkpoint
 from abyssal.data.corpus import open_source
 from abyssal.data.problems import ProblemSource, problem_at
 from abyssal.engine.engine import Engine

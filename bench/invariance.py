@@ -19,7 +19,7 @@ from typing import Any, Literal
 import tyro
 from common import append_result, time_pairs
 
-from abyssal.checkpoint.save import load_checkpoint
+from abyssal.checkpoint.load import load_checkpoint
 from abyssal.data.problems import ProblemSource, problem_at
 from abyssal.engine.blocks import blocks_for
 from abyssal.engine.engine import Engine

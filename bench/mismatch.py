@@ -17,7 +17,7 @@ from typing import Any, Literal
 import tyro
 from common import append_result
 
-from abyssal.checkpoint.save import load_checkpoint
+from abyssal.checkpoint.load import load_checkpoint
 from abyssal.data.problems import ProblemSource, problem_at
 from abyssal.engine.engine import Engine
 from abyssal.machine import keep_freed_memory, set_threads

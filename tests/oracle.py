@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from abyssal.checkpoint.save import load_checkpoint, save_checkpoint
+from abyssal.checkpoint.load import load_checkpoint
+from abyssal.checkpoint.save import save_checkpoint
 from abyssal.model.transformer import Transformer
 
 TOLERANCE = 2e-5  # the promise is 1e-4; what remains is FP32 sums in another order, below 1e-5 where this was written

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from small_models import small_model
 
-from abyssal.checkpoint.save import load_checkpoint
+from abyssal.checkpoint.load import load_checkpoint
 from abyssal.cli import resolve_checkpoint
 from abyssal.data.loader import TokenShards
 from abyssal.evals.charts import heat_map

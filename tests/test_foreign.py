@@ -16,7 +16,7 @@ from rich.console import Console
 from test_extend import micro, walked
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from abyssal.checkpoint.save import load_checkpoint
+from abyssal.checkpoint.load import load_checkpoint
 from abyssal.stages.extend import ExtendConfig
 from abyssal.stages.foreign import foreign_model, foreign_tokenizer, with_rows
 from abyssal.stages.pretrain import as_batch

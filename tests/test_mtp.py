@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from abyssal.checkpoint.save import load_checkpoint, save_checkpoint
+from abyssal.checkpoint.load import load_checkpoint
+from abyssal.checkpoint.save import save_checkpoint
 from abyssal.checkpoint.tensor_names import official_views
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer

@@ -10,7 +10,8 @@ import torch
 from oracle import assert_ours_runs_in_theirs, assert_theirs_runs_in_ours, our_logits, randomize, some_ids
 from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config
 
-from abyssal.checkpoint.save import load_checkpoint, save_checkpoint
+from abyssal.checkpoint.load import load_checkpoint
+from abyssal.checkpoint.save import save_checkpoint
 from abyssal.model.config import ModelConfig, RopeScaling
 from abyssal.model.transformer import Transformer
 

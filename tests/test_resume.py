@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from abyssal.checkpoint.load import load_checkpoint
 from abyssal.checkpoint.resume import TrainerState, drop_trainer, has_trainer, load_trainer
-from abyssal.checkpoint.save import load_checkpoint, save_checkpoint
+from abyssal.checkpoint.save import save_checkpoint
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
 from abyssal.stages.state import TrainState, resume_state, save_state

@@ -19,7 +19,8 @@ LEVEL = {
     "rollout": 3, "plan": 3,
     "lm": 4, "evals": 4,
     "stages": 5, "serve": 5, "talk": 5,
-    "cli": 6, "__init__": 6, "__main__": 7,
+    "commands": 6,
+    "cli": 7, "__init__": 7, "__main__": 8,
 }  # fmt: skip
 MAX_LINES = 500
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from abyssal.checkpoint import save as save_room
 from abyssal.checkpoint.atomic import find_directory, replace_directory
+from abyssal.checkpoint.load import load_checkpoint
 from abyssal.checkpoint.resume import TrainerState
-from abyssal.checkpoint.save import load_checkpoint, save_checkpoint
+from abyssal.checkpoint.save import save_checkpoint
 from abyssal.machine import resolve_device, set_threads
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer

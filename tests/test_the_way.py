@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 import abyssal
-from abyssal.checkpoint.save import load_checkpoint
+from abyssal.checkpoint.load import load_checkpoint
 from abyssal.cli import dispatch
 from abyssal.data.held_out import is_held_out
 from abyssal.data.problems import problem_at

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from abyssal.checkpoint.save import load_checkpoint
+from abyssal.checkpoint.load import load_checkpoint
 from abyssal.data.haystack import NeedleMix
 from abyssal.data.loader import TokenWriter
 from abyssal.data.problems import Split

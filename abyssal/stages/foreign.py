@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from abyssal.checkpoint.atomic import find_directory
-from abyssal.checkpoint.save import load_checkpoint, load_config
+from abyssal.checkpoint.load import load_checkpoint, load_config
 from abyssal.model.rope import rope_frequencies
 from abyssal.model.transformer import Transformer
 from abyssal.tokens.bpe import ASSISTANT, CHATML_END, END_THINK, THINK, USER

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from abyssal.checkpoint.save import load_checkpoint
+from abyssal.checkpoint.load import load_checkpoint
 from abyssal.data.user_examples import read_user_problems
 from abyssal.model.transformer import Transformer
 from abyssal.record import Recorder

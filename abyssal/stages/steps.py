@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from abyssal.checkpoint.save import load_checkpoint, load_config, save_checkpoint
+from abyssal.checkpoint.load import load_checkpoint, load_config
+from abyssal.checkpoint.save import save_checkpoint
 from abyssal.data.preferences import request_at
 from abyssal.data.problems import ProblemSource, problem_at
 from abyssal.data.user_examples import read_conversations
