@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -65,8 +66,8 @@ def dispatch(arguments: list[str]) -> int:
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    if command == "chat":
-        chat(rest)
+    if command in COMMANDS:
+        COMMANDS[command](rest)
     elif command == "report" and rest and Path(rest[0]).is_dir():
         print(write_report(Path(rest[0])))
     elif command == "run":
@@ -74,7 +75,9 @@ def dispatch(arguments: list[str]) -> int:
     elif command in STAGES:
         walk_recipe(rest, (command,), prog=f"abyssal {command}")
     else:
-        raise ValueError(f"unknown command {command!r}; use run, chat, report or a stage: {', '.join(STAGES)}")
+        raise ValueError(
+            f"unknown command {command!r}; use run, {', '.join(COMMANDS)}, report or a stage: {', '.join(STAGES)}"
+        )
     return 0
 
 
@@ -117,6 +120,11 @@ def resolve_checkpoint(path: Path) -> Path:
             return candidate
     known = ", ".join(CHECKPOINTS.values())
     raise FileNotFoundError(f"{path} is no checkpoint: name a Hugging Face directory, or out/<run>/ and one of {known}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "chat": chat,
+}
 
 
 if __name__ == "__main__":
