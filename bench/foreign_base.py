@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--sft-lr", type=float, default=1e-4)
     parser.add_argument("--grpo-steps", type=int, default=10)
     parser.add_argument("--grpo-lr", type=float, default=1e-5)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products")
     parser.add_argument("--problems", type=int, default=100, help="held-out ones")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -124,7 +125,7 @@ def main() -> None:
     base = options.base or (made(options.work) if options.made else smollm2(options.work))
     console, stream = Console(), ProblemStream(source=SOURCE, seed=0)
     tokenizer = foreign_tokenizer(base, say=print)
-    model = foreign_model(base, tokenizer, dtype="bfloat16", device=CPU)
+    model = foreign_model(base, tokenizer, dtype=options.dtype, device=CPU)
     found: dict[str, Any] = {"base": {}}
     seconds: dict[str, float] = {}
 
@@ -155,13 +156,13 @@ def main() -> None:
             conversations=traces(stream, options.traces), seed=0, recorder_at=at("sft"),
         )  # fmt: skip
         timed("sft", began)
-        model = load_checkpoint(options.work / "sft" / "checkpoint", dtype="bfloat16").model
+        model = load_checkpoint(options.work / "sft" / "checkpoint", dtype=options.dtype).model
         found["sft"] = measured(model, tokenizer, stream, verifiers, options.problems)
         show("sft")
         began = time.perf_counter(), time.process_time()
         rl = RlConfig(
             steps=options.grpo_steps, problems=8, answers=4, max_tokens=MAX_TOKENS, lr=options.grpo_lr, row_len=128,
-            rows_per_pass=4, compare_answers=8, eval_every=0, eval_problems=4, save_every=0, dtype="bfloat16",
+            rows_per_pass=4, compare_answers=8, eval_every=0, eval_problems=4, save_every=0, dtype=options.dtype,
             grpo=GrpoConfig(),
         )  # fmt: skip
         reinforce(
@@ -169,14 +170,15 @@ def main() -> None:
             first_problem=5_000_000, verifiers=verifiers, seed=0, recorder_at=at("grpo"),
         )  # fmt: skip
         timed("grpo", began)
-        model = load_checkpoint(options.work / "grpo" / "checkpoint", dtype="bfloat16").model
+        model = load_checkpoint(options.work / "grpo" / "checkpoint", dtype=options.dtype).model
         found["grpo"] = measured(model, tokenizer, stream, verifiers, options.problems)
         show("grpo")
     line = {
         "date": datetime.date.today().isoformat(), "base": base.name, "parameters": count_parameters(model)[0],
         "family": "chain, levels 2 and 3, modulo 5, English", "held_out_problems": options.problems,
         "traces": options.traces, "sft_lr": options.sft_lr, "grpo": f"{options.grpo_steps} steps of 8 x 4",
-        "grpo_lr": options.grpo_lr, "threads": 1, "torch": torch.__version__, "seconds": seconds, "found": found,
+        "grpo_lr": options.grpo_lr, "threads": 1, "dtype": options.dtype, "torch": torch.__version__,
+        "seconds": seconds, "found": found,
     }  # fmt: skip
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
