@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from official_configs import MISTRAL_7B_V03, OFFICIAL, R1_0528_QWEN3_8B
 from transformers import AutoConfig
 
 from abyssal.checkpoint.convert import config_from_hf, config_to_hf, model_type
@@ -31,6 +32,7 @@ YARN = RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=32,
 LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_max_position_embeddings=32, high_freq_factor=5.0)
 NO_EXPERTS = dict.fromkeys(("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size",
                             "first_k_dense_replace"), 0)
+NO_MLA: dict[str, Any] = dict(q_lora_rank=None, kv_lora_rank=0, qk_nope_head_dim=0, qk_rope_head_dim=0, v_head_dim=0)
 
 ALL_SHAPES = {
     "deepseek_v3": replace(V3, rope_scaling=YARN),
@@ -40,6 +42,14 @@ ALL_SHAPES = {
     "llama": replace(DENSE, rope_scaling=LLAMA3, tie_word_embeddings=True, rope_theta=5e5),
     "llama, linear": replace(DENSE, rope_scaling=RopeScaling(kind="linear", factor=2.0), num_nextn_predict_layers=1),
     "qwen2": replace(DENSE, qkv_bias=True, rope_scaling=replace(YARN, mscale=0.0, mscale_all_dim=0.0)),
+    "qwen3": replace(DENSE, qk_norm=True, head_dim=12, rope_scaling=replace(YARN, mscale=0.0, mscale_all_dim=0.0)),
+    "deepseek": replace(V3, attention="gqa", num_key_value_heads=4, head_dim=8, scoring_func="softmax",
+                        topk_method="greedy", norm_topk_prob=False, n_group=1, topk_group=1,
+                        routed_scaling_factor=1.0, num_nextn_predict_layers=0, **NO_MLA),
+    "deepseek, renormalised, two key heads": replace(
+        V3, attention="gqa", num_key_value_heads=2, head_dim=8, scoring_func="softmax", topk_method="greedy",
+        n_group=1, topk_group=1, routed_scaling_factor=1.0, num_nextn_predict_layers=0, rope_theta=5e4, **NO_MLA),
+    "abyssal_gqa_dense": replace(DENSE, qk_norm=True, qkv_bias=True),
     "abyssal_gqa_moe": replace(V3, attention="gqa", num_key_value_heads=2, head_dim=8, rope_scaling=YARN),
     "abyssal_mla_moe": replace(V3, scoring_func="softmax", topk_method="noaux_tc"),
 }
@@ -52,7 +62,9 @@ def test_what_we_write_we_read(name: str, config: ModelConfig):
     assert config_from_hf(written) == config
 
 
-PUBLISHED = {name: config for name, config in ALL_SHAPES.items() if not name.startswith("abyssal")}
+# transformers has no `deepseek`: that model brings code of its own
+PUBLISHED = {name: c for name, c in ALL_SHAPES.items() if not name.startswith(("abyssal", "deepseek,", "deepseek "))
+             and name != "deepseek"}
 
 
 @pytest.mark.parametrize("config", PUBLISHED.values(), ids=PUBLISHED.keys())
@@ -68,23 +80,56 @@ def test_transformers_reads_it_without_a_warning_and_writes_what_we_read(
     assert config_from_hf(rewritten) == config
 
 
-def official_v3() -> dict[str, Any]:
-    """The fields of DeepSeek-V3's own config.json."""
-    return dict(
-        model_type="deepseek_v3", vocab_size=129280, hidden_size=7168, num_hidden_layers=61, num_attention_heads=128,
-        intermediate_size=18432, attention_bias=False, attention_dropout=0.0, ep_size=1, first_k_dense_replace=3,
-        hidden_act="silu", kv_lora_rank=512, max_position_embeddings=163840, moe_intermediate_size=2048,
-        moe_layer_freq=1, n_group=8, n_routed_experts=256, n_shared_experts=1, norm_topk_prob=True,
-        num_experts_per_tok=8, num_key_value_heads=128, num_nextn_predict_layers=1, q_lora_rank=1536,
-        qk_nope_head_dim=128, qk_rope_head_dim=64, rms_norm_eps=1e-6, rope_theta=10000, routed_scaling_factor=2.5,
-        rope_scaling=dict(beta_fast=32, beta_slow=1, factor=40, mscale=1.0, mscale_all_dim=1.0,
-                          original_max_position_embeddings=4096, type="yarn"),
-        scoring_func="sigmoid", topk_group=4, topk_method="noaux_tc", v_head_dim=128, aux_loss_alpha=0.001,
-    )
+SPELLED = [name for name in ALL_SHAPES if not name.startswith("abyssal")]
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_either_spelling_of_rope_says_all(name: str):
+    hf = config_to_hf(ALL_SHAPES[name])
+    old = {key: value for key, value in hf.items() if key != "rope_parameters"}
+    new = {key: value for key, value in hf.items() if key not in ("rope_scaling", "rope_theta")}
+    oldest = old | {"rope_scaling": None if hf["rope_scaling"] is None else dict(hf["rope_scaling"])}
+    if oldest["rope_scaling"]:
+        del oldest["rope_scaling"]["rope_type"]  # `type`, as in 2023
+    for spelling in (old, new, oldest):
+        assert config_from_hf(spelling) == ALL_SHAPES[name]
+
+
+def test_r1_0528_qwen3_switches_yarns_temperature_off():
+    """Its attn_factor is 1 / (0.1 ln 4 + 1): cos and sin are not scaled. transformers alone does not know the name."""
+    config = config_from_hf(R1_0528_QWEN3_8B)
+    assert (config.qk_norm, config.qkv_bias, config.head_dim, config.num_key_value_heads) == (True, False, 128, 8)
+    assert config.rope_scaling is not None and config.rope_scaling.amplitude == pytest.approx(1.0, abs=1e-12)
+    written = config_to_hf(config)
+    assert written["rope_parameters"]["attention_factor"] == pytest.approx(1.0, abs=1e-12)  # transformers' name
+    assert written["rope_scaling"]["attn_factor"] == pytest.approx(0.8782488562869419, abs=1e-12)  # vLLM's
+    assert config_from_hf(written) == config
+    plain = config_from_hf(R1_0528_QWEN3_8B | {"rope_scaling": {"type": "yarn", "factor": 4.0}})
+    assert plain.rope_scaling is not None and plain.rope_scaling.amplitude == pytest.approx(1.1386294, abs=1e-7)
+
+
+def test_a_mistral_is_a_llama_when_its_window_hides_nothing():
+    config = config_from_hf(MISTRAL_7B_V03)
+    assert (config.head_dim, config.num_key_value_heads, config.rope_theta) == (128, 8, 1e6)
+    assert model_type(config) == "llama" and config_from_hf(config_to_hf(config)) == config
+    assert config_from_hf(MISTRAL_7B_V03 | {"sliding_window": 32768}) == config
+    own_width = config_from_hf(MISTRAL_7B_V03 | {"hidden_size": 5120, "head_dim": 128})  # as Mistral-Nemo
+    assert own_width.head_dim == 128
+    unsaid = {key: value for key, value in MISTRAL_7B_V03.items() if key != "sliding_window"}
+    assert config_from_hf(unsaid | {"max_position_embeddings": 4096}).max_position_embeddings == 4096
+    for early in (unsaid, MISTRAL_7B_V03 | {"sliding_window": 4096}):  # absent means 4096 there, not none
+        with pytest.raises(ValueError, match="sliding_window=4096 is not supported; set it to null, or max_"):
+            config_from_hf(early)
+
+
+def test_a_deepseek_without_experts_is_a_llama():
+    """DeepSeek-Prover-V1.5 is published so."""
+    config = config_from_hf(OFFICIAL["deepseek_moe_16b"] | {"n_routed_experts": None, "n_shared_experts": None})
+    assert config.feed_forward == "dense" and model_type(config) == "llama"
 
 
 def test_the_official_v3_config_and_its_tensors():
-    config = config_from_hf(official_v3())
+    config = config_from_hf(OFFICIAL["v3"])
     assert (config.attention, config.feed_forward, config.rope_interleave) == ("mla", "moe", True)
     assert config.rope_scaling == RopeScaling(kind="yarn", factor=40.0, original_max_position_embeddings=4096)
     with torch.device("meta"):
@@ -138,7 +183,18 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}, "rope_scaling": None}, "lacks 'high_freq"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types='sliding_attention'"),
-    ("qwen2", {"model_type": "qwen3"}, "model_type='qwen3'"),
+    ("qwen2", {"num_key_value_heads": None}, "lacks 'num_key_value_heads'"),
+    ("qwen2", {"model_type": "qwen2_moe"}, "model_type='qwen2_moe'"),
+    ("qwen3", {"head_dim": None}, "lacks 'head_dim'"),
+    ("qwen3", {"attention_bias": True}, "attention_bias=True"),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
+    ("deepseek_v3", {"n_group": None}, "lacks 'n_group'"),
+    ("deepseek_v3", {"routed_scaling_factor": "2.5"}, "should be of type int or float"),
+    ("deepseek", {"topk_method": "group_limited_greedy"}, "topk_method='group_limited_greedy'"),
+    ("deepseek", {"routed_scaling_factor": 2.0}, "routed_scaling_factor=2.0"),
+    ("deepseek", {"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
+    ("qwen3", {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.0,
+                                                         "attn_factor": 1.0}}, "attn_factor=1.0 disagree"),
     ("abyssal_gqa_moe", {"n_heads": 3}, "n_heads=3"),
 ]
 

@@ -1,7 +1,8 @@
 """The shape of a model, in DeepSeek's and Hugging Face's own field names. Owns no weights.
 
-One `ModelConfig` describes both families: attention "mla" (DeepSeek V2/V3/R1) or "gqa" (Llama, Qwen2), feed-forward
-"moe" or "dense". Every ablation between them is a config too. Other spellings live in `checkpoint/convert.py` only.
+One `ModelConfig` describes both families: attention "mla" (DeepSeek V2/V3/R1) or "gqa" (Llama, Mistral, Qwen2, Qwen3),
+feed-forward "moe" or "dense". Every ablation between them is a config too. Published shapes stand in `presets.py`.
+Other spellings live in `checkpoint/convert.py` and its `hf_config_*` files only.
 """
 
 from __future__ import annotations
@@ -30,10 +31,26 @@ class RopeScaling:
     mscale_all_dim: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    attention_factor: float | None = None  # yarn: on cos and sin, instead of what factor and mscales give
 
     def __post_init__(self) -> None:
         if self.factor < 1:
             raise ValueError(f"rope factor={self.factor} would shrink the context; it must be at least 1")
+        if self.attention_factor is not None and self.attention_factor <= 0:
+            raise ValueError(f"attention_factor={self.attention_factor} must be above 0; leave it out for YaRN's own")
+        if self.attention_factor is not None and self.kind != "yarn":
+            raise ValueError(f"attention_factor={self.attention_factor} is yarn's, not {self.kind}'s; leave it out")
+
+    @property
+    def amplitude(self) -> float:
+        """Factor on cos and sin under YaRN: its temperature, or mscale / mscale_all_dim (1 for V3). Else 1."""
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
+        return yarn_mscale(self.factor, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +81,7 @@ class ModelConfig:
     num_key_value_heads: int = 0
     head_dim: int = 0
     qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: RMSNorm of every head's query and key, before they are rotated
     # moe
     n_routed_experts: int = 0
     n_shared_experts: int = 0
@@ -85,6 +103,8 @@ class ModelConfig:
         if self.attention == "mla":
             for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
                 _positive(self, name)
+            if self.qk_norm:
+                raise ValueError("qk_norm=True is a norm of gqa's heads; mla norms its latents, leave it out")
         elif self.attention == "gqa":
             for name in ("num_key_value_heads", "head_dim"):
                 _positive(self, name)

@@ -1,4 +1,4 @@
-"""Grouped-query attention with Llama's and Qwen2's conventions: rotate-half RoPE, optional q/k/v biases.
+"""Grouped-query attention with Llama's and Qwen's conventions: rotate-half RoPE; biases or head norms where asked for.
 
 Letters: B batch, T query tokens, S key tokens, D width, H heads, G key-value heads, Q head width.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from abyssal.model.attention import AttentionContext, attend, attend_in_tiles, core_dtype
 from abyssal.model.config import ModelConfig
-from abyssal.model.linear import Linear
+from abyssal.model.linear import Linear, RMSNorm
 from abyssal.model.rope import rotate
 
 
@@ -25,12 +25,19 @@ class GQA(nn.Module):
         self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * width, bias=config.qkv_bias)
         self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * width, bias=config.qkv_bias)
         self.o_proj = Linear(config.num_attention_heads * width, config.hidden_size)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(width, config.rms_norm_eps)
+            self.k_norm = RMSNorm(width, config.rms_norm_eps)
 
     def forward(self, x_BTD: Tensor, context: AttentionContext) -> Tensor:
         heads = (-1, self.config.head_dim)
-        q_BTHQ = rotate(self.q_proj(x_BTD).unflatten(-1, heads), context.cos, context.sin, interleaved=False)
-        k_BSGQ = rotate(self.k_proj(x_BTD).unflatten(-1, heads), context.cos, context.sin, interleaved=False)
-        v_BSGQ = self.v_proj(x_BTD).unflatten(-1, heads)
+        q_BTHQ, k_BSGQ, v_BSGQ = (
+            project(x_BTD).unflatten(-1, heads) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.config.qk_norm:
+            q_BTHQ, k_BSGQ = self.q_norm(q_BTHQ), self.k_norm(k_BSGQ)
+        q_BTHQ = rotate(q_BTHQ, context.cos, context.sin, interleaved=False)
+        k_BSGQ = rotate(k_BSGQ, context.cos, context.sin, interleaved=False)
         if context.cache is not None:
             entries = context.cache.update(self.layer, torch.cat((k_BSGQ, v_BSGQ), dim=2).flatten(2))
             k_BSGQ, v_BSGQ = entries.unflatten(-1, heads).chunk(2, dim=2)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from abyssal.model.config import ModelConfig, RopeScaling, yarn_mscale
+from abyssal.model.config import ModelConfig, RopeScaling
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -31,13 +31,8 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rope_amplitude(config: ModelConfig) -> float:
-    """Factor on cos and sin: mscale / mscale_all_dim under YaRN (1 for V3), else 1."""
-    scaling = config.rope_scaling
-    if scaling is None or scaling.kind != "yarn":
-        return 1.0
-    if scaling.mscale and scaling.mscale_all_dim:
-        return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
-    return yarn_mscale(scaling.factor, 1.0)
+    """Factor on cos and sin."""
+    return 1.0 if config.rope_scaling is None else config.rope_scaling.amplitude
 
 
 def _yarn(plain: Tensor, scaling: RopeScaling, *, dim: int, theta: float) -> Tensor:
