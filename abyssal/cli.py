@@ -17,6 +17,7 @@ from rich.console import Console
 
 from abyssal.checkpoint.atomic import find_directory
 from abyssal.commands.options import parsed
+from abyssal.commands.preset_table import presets
 from abyssal.evals.page import write_report
 from abyssal.stages.recipe import Recipe, read_recipe
 from abyssal.stages.results import print_results
@@ -32,6 +33,7 @@ abyssal: from raw text to a reasoning model
   abyssal STAGE RECIPE.toml [--section.key value ...] one stage: {" ".join(STAGES)}
   abyssal chat DIR [--prompt TEXT ...]                talk to a checkpoint, e.g. out/laptop/r1
   abyssal report RUN_DIR                              write RUN_DIR/report.html again
+  abyssal presets [NAME]                              published shapes and their sizes; one as a config.json
 
 Add --help to any of them. runs/ holds recipes; every field of a recipe can be overridden on the command line.
 """
@@ -124,6 +126,7 @@ def resolve_checkpoint(path: Path) -> Path:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "chat": chat,
+    "presets": presets,
 }
 
 

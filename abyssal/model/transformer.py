@@ -159,16 +159,25 @@ class Transformer(nn.Module):
 
 
 def count_parameters(model: Transformer) -> tuple[int, int]:
-    """(all, active): weights of the main model, MTP left out; active counts K of E experts and no embedding table."""
+    """(all, active): weights of the main model, MTP left out; active counts K of E experts and no embedding table.
+
+    Balance biases count: no optimizer moves them, so they are buffers here, but published sizes have them (of V3's
+    671,026,419,200 and 36,625,618,432 they are 14,848).
+    """
     config = model.config
-    main = [(name, p) for name, p in model.named_parameters() if not name.startswith("mtp.")]
-    total = sum(p.numel() for _, p in main)
+    main = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp.")}
+    total = sum(tensor.numel() for tensor in main.values())
     idle = 0
     if config.feed_forward == "moe":
-        routed = sum(p.numel() for name, p in main if ".experts." in name)
+        routed = sum(tensor.numel() for name, tensor in main.items() if ".experts." in name)
         idle = routed - routed * config.num_experts_per_tok // config.n_routed_experts
     embedding = 0 if config.tie_word_embeddings else model.embed_tokens.weight.numel()
     return total, total - idle - embedding
+
+
+def count_mtp_parameters(model: Transformer) -> int:
+    """What MTP modules have to themselves; embedding and head, which files repeat for them, are the main model's."""
+    return sum(tensor.numel() for tensor in model.mtp.state_dict().values())
 
 
 def default_init_range(hidden_size: int) -> float:
