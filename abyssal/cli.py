@@ -15,13 +15,13 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from abyssal.checkpoint.atomic import find_directory
+from abyssal.commands.checkpoint_path import resolve_checkpoint
 from abyssal.commands.options import parsed
 from abyssal.commands.preset_table import presets
 from abyssal.evals.page import write_report
 from abyssal.stages.recipe import Recipe, read_recipe
 from abyssal.stages.results import print_results
-from abyssal.stages.run import CHECKPOINTS, STAGES
+from abyssal.stages.run import STAGES
 from abyssal.stages.way import open_run, walk
 from abyssal.talk import talk
 from abyssal.types import SamplingParams
@@ -108,20 +108,6 @@ def chat(arguments: list[str]) -> None:
         prompt=options.prompt,
         console=Console(),
     )
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint directory itself, or out/<run>/<name> with a checkpoint's name: base, zero, dev1 .. r1, student."""
-    if (find_directory(path) / "config.json").is_file():
-        return path
-    stage = next((stage for stage, name in CHECKPOINTS.items() if name == path.name), None)
-    if path.name == "base" and (path.parent / "extend" / "done.json").is_file():  # the base that later stages know
-        stage = "extend"
-    for candidate in (path / "checkpoint", path.parent / (stage or path.name) / "checkpoint"):
-        if find_directory(candidate).is_dir():
-            return candidate
-    known = ", ".join(CHECKPOINTS.values())
-    raise FileNotFoundError(f"{path} is no checkpoint: name a Hugging Face directory, or out/<run>/ and one of {known}")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -15,6 +15,7 @@ from small_models import small_model
 
 from abyssal import cli
 from abyssal.checkpoint.save import save_checkpoint
+from abyssal.commands.checkpoint_path import resolve_checkpoint
 from abyssal.stages.run import STAGES
 from abyssal.tokens.bpe import train_bpe
 from abyssal.tokens.tokenizer import Tokenizer
@@ -187,14 +188,14 @@ def test_a_prompt_is_answered_and_that_is_all(checkpoint, capsys):
 
 
 def test_a_checkpoint_goes_by_its_path_or_by_run_and_name(checkpoint, home):
-    assert cli.resolve_checkpoint(checkpoint) == checkpoint
+    assert resolve_checkpoint(checkpoint) == checkpoint
     stage = home / "out" / "laptop" / "align"
     stage.mkdir(parents=True)
     shutil.copytree(checkpoint, stage / "checkpoint")
     for name in ("r1", "align", "align/checkpoint"):
-        assert cli.resolve_checkpoint(home / "out" / "laptop" / name) == stage / "checkpoint"
+        assert resolve_checkpoint(home / "out" / "laptop" / name) == stage / "checkpoint"
     os.rename(stage / "checkpoint", stage / "checkpoint.old")  # a swap that was cut in two
-    assert (cli.resolve_checkpoint(home / "out" / "laptop" / "r1")).name == "checkpoint"
+    assert (resolve_checkpoint(home / "out" / "laptop" / "r1")).name == "checkpoint"
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):

@@ -15,7 +15,7 @@ from rich.console import Console
 from small_models import small_model
 
 from abyssal.checkpoint.load import load_checkpoint
-from abyssal.cli import resolve_checkpoint
+from abyssal.commands.checkpoint_path import resolve_checkpoint
 from abyssal.data.loader import TokenShards
 from abyssal.evals.charts import heat_map
 from abyssal.evals.needle import NeedleEval, needle_accuracy, needle_grid
