@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from typing import Literal
 
 import torch
 
+Precision = Literal["auto", "float32", "bfloat16"]
+BF16_UNITS = ("avx512_bf16", "amx_bf16")  # of an x86 CPU
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -28,6 +31,20 @@ def resolve_device(name: str | torch.device) -> torch.device:
     if (device.index or 0) >= n_gpus:
         raise ValueError(f"device={text!r} is not there: torch sees {n_gpus} CUDA devices; use 'cpu' or 'auto'")
     return device
+
+
+def compute_dtype(name: Precision, device: torch.device) -> torch.dtype:
+    """The type that products are computed in. "auto" is BF16 where the hardware multiplies it, else FP32.
+
+    A CPU without such units computes BF16 in software: measured on AVX2, a tenth of the FP32 speed forward and far less
+    backward.
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    units = torch.cpu.get_capabilities()
+    return torch.bfloat16 if any(units.get(unit) for unit in BF16_UNITS) else torch.float32
 
 
 def set_threads(n_threads: int | None = None) -> int:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
 from abyssal.data.problems import ProblemSource
+from abyssal.machine import compute_dtype
 from abyssal.model.config import ModelConfig, RopeScaling
-from abyssal.stages.recipe import Recipe, from_dict, read_recipe, to_toml
+from abyssal.stages.recipe import Recipe, from_dict, read_recipe, to_toml, with_precision
+from abyssal.stages.way import settle_precision
 
 RUNS = sorted((Path(__file__).parents[1] / "runs").glob("*.toml"))
 MODEL: dict[str, Any] = {
@@ -66,7 +71,7 @@ def test_the_round_trip_keeps_what_is_hard_to_spell(tmp_path: Path):
         ({"pretrain": {"steps": 3.5}}, "pretrain.steps=3.5 must be of type int"),
         ({"pretrain": {"steps": True}}, "pretrain.steps=True must be of type int"),
         ({"pretrain": {"isolate": 1}}, "pretrain.isolate=1 must be of type bool"),
-        ({"pretrain": {"dtype": "float16"}}, "pretrain.dtype='float16'; use one of 'float32', 'bfloat16'"),
+        ({"pretrain": {"dtype": "float16"}}, "pretrain.dtype='float16'; use one of 'auto', 'float32', 'bfloat16'"),
         ({"pretrain": 5}, "pretrain=5 must be a table"),
         ({"zero": {"preference_share": 0.1}}, "zero.preference_share=0.1: rules alone reward zero"),
         ({"data": {"problems": {"levels": [1]}}}, r"data.problems.levels=\[1\] must be a list of 2 values"),
@@ -121,3 +126,31 @@ def test_errors_name_the_file(tmp_path: Path):
 
 def test_the_run_directory_is_out_and_name():
     assert recipe_of(run={"out": "there", "name": "laptop"}).directory == Path("there/laptop")
+
+
+def test_auto_is_settled_where_it_stands_and_an_explicit_type_stays():
+    recipe = recipe_of(pretrain={"dtype": "bfloat16"}, distil={"sft": {"dtype": "float32"}})
+    assert recipe.cold_start.sft.dtype == recipe.student_pretrain.dtype == recipe.run.dtype == "auto"
+    settled = with_precision(recipe, "float32")
+    assert settled.run.dtype == settled.cold_start.sft.dtype == settled.reward_model.dtype == "float32"
+    assert settled.pretrain.dtype == "bfloat16" and settled.distil.sft.dtype == "float32"
+    assert '"auto"' not in to_toml(settled).replace('device = "auto"', "")
+
+
+def test_a_run_goes_on_in_the_type_it_began_in_wherever_it_is_taken_up():
+    fresh = recipe_of()
+    begun = with_precision(fresh, "bfloat16")
+    console, cpu = Console(file=io.StringIO()), torch.device("cpu")
+    assert settle_precision(fresh, begun, cpu, console) == begun
+    native = str(compute_dtype("auto", cpu)).removeprefix("torch.")
+    assert settle_precision(fresh, None, cpu, console) == with_precision(fresh, native)
+    asked = replace(fresh, run=replace(fresh.run, dtype="bfloat16"))
+    assert settle_precision(asked, None, cpu, console) == begun
+
+
+@pytest.mark.parametrize("unit, dtype", [("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16),
+                                         ("avx512_f", torch.float32)])  # fmt: skip
+def test_bf16_is_chosen_where_the_processor_multiplies_it(unit: str, dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, unit: True})
+    assert compute_dtype("auto", torch.device("cpu")) == dtype
+    assert compute_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16  # asked for, so given

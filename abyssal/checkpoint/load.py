@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -11,7 +11,7 @@ from abyssal.checkpoint.atomic import find_directory
 from abyssal.checkpoint.hf_directory import read_config
 from abyssal.checkpoint.source import Source, open_checkpoint
 from abyssal.checkpoint.tensor_names import DERIVED, official_views, shared_copies
-from abyssal.machine import resolve_device
+from abyssal.machine import Precision, compute_dtype, resolve_device
 from abyssal.model.config import DTYPES, ModelConfig
 from abyssal.model.rope import rope_frequencies
 from abyssal.model.transformer import Transformer
@@ -27,11 +27,15 @@ class Loaded(NamedTuple):
 def load_checkpoint(
     path: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
 ) -> Loaded:
-    """The model (FP32 masters, computing in `dtype`), its tokenizer if there is one, and its config."""
-    compute_dtype, target = _dtype(dtype), resolve_device(device)
+    """The model (FP32 masters, computing in `dtype`), its tokenizer if there is one, and its config.
+
+    `dtype="auto"` is BF16 where the hardware multiplies it, else FP32.
+    """
+    target = resolve_device(device)
+    computes_in = _dtype(dtype, target)
     source = open_checkpoint(path)
     with torch.device("meta"):  # no random start, no memory before everything fits
-        model = Transformer(source.config, dtype=compute_dtype)
+        model = Transformer(source.config, dtype=computes_in)
     check_tensors(source, {name: tuple(view.shape) for name, view in official_views(model).items()})
     model.to_empty(device=target)
     model.rope_frequencies.copy_(rope_frequencies(source.config))
@@ -85,8 +89,8 @@ def _read_weights(source: Source, model: Transformer) -> None:
             raise ValueError(f"{source.path}: {name} differs from {copies[name]}, of which it must be a copy")
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"dtype={name!r} is not supported for compute; use {' or '.join(DTYPES)}")
-    return getattr(torch, name)
+    if name not in ("auto", *DTYPES):
+        raise ValueError(f"dtype={name!r} is not supported for compute; use auto, {' or '.join(DTYPES)}")
+    return compute_dtype(cast(Precision, name), device)

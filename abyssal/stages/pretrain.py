@@ -19,6 +19,7 @@ from torch import Tensor
 from abyssal.data.loader import RowLoader
 from abyssal.evals.held_out_rows import held_out_metrics
 from abyssal.loss.balance import max_violation
+from abyssal.machine import Precision, compute_dtype
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
 from abyssal.optim.clip import clip_gradients
@@ -59,7 +60,7 @@ class PretrainConfig:
     eval_every: int = 100
     eval_rows: int = 24
     save_every: int = 100
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Precision = "auto"
 
     def __post_init__(self) -> None:
         if self.micro_rows and self.rows % self.micro_rows:
@@ -124,7 +125,7 @@ def pretrain(
 ) -> TrainState:
     """Leaves `stage_dir`/checkpoint; continues from it if there is one. Without a `start` the weights are random."""
     if start is None:
-        model = Transformer(model_config, dtype=getattr(torch, config.dtype))
+        model = Transformer(model_config, dtype=compute_dtype(config.dtype, device))
         model = model.init_weights(torch.Generator().manual_seed(seed)).to(device)
     else:
         model = start

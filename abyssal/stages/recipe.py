@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from abyssal.evals.tasks import EvalConfig
+from abyssal.machine import Precision
 from abyssal.model.config import ModelConfig
 from abyssal.stages.extend import ExtendConfig
 from abyssal.stages.on_policy import OnPolicyConfig
@@ -33,6 +34,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     threads: int = 0  # CPU threads; 0: every core
+    dtype: Precision = "auto"  # what a section's dtype = "auto" means: BF16 where the hardware multiplies it, else FP32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,18 @@ class Recipe:
     @property
     def directory(self) -> Path:
         return Path(self.run.out) / self.run.name
+
+
+def with_precision(section: Any, precision: str) -> Any:
+    """A recipe, or a section of one, in which every dtype = "auto" is `precision`."""
+    changes = {}
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if f.name == "dtype" and value == "auto":
+            changes[f.name] = precision
+        elif dataclasses.is_dataclass(value):
+            changes[f.name] = with_precision(value, precision)
+    return dataclasses.replace(section, **changes)
 
 
 def read_recipe(path: str | Path) -> Recipe:

@@ -23,6 +23,7 @@ from abyssal.data.preferences import Pair
 from abyssal.data.problems import ProblemSource
 from abyssal.engine.engine import Engine
 from abyssal.loss.bradley_terry import bradley_terry
+from abyssal.machine import Precision, compute_dtype
 from abyssal.model.reward_head import RewardModel
 from abyssal.model.transformer import Transformer
 from abyssal.optim.clip import clip_gradients
@@ -57,7 +58,7 @@ class RewardModelConfig:
     rows_per_pass: int = 32
     eval_every: int = 20
     least_accuracy: float = 0.6  # on held-out pairs, of each head
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Precision = "auto"
 
     def __post_init__(self) -> None:
         SamplingParams(max_tokens=self.max_tokens)
@@ -94,7 +95,8 @@ def train_reward_model(
     if not pairs_path.is_file():
         write_pairs(pairs_path, all_pairs(config, policy, tokenizer, source, first=first, seed=seed))
     pairs = read_pairs(pairs_path)
-    model = RewardModel.from_policy(policy, len(HEADS), dtype=getattr(torch, config.dtype))
+    dtype = compute_dtype(config.dtype, policy.embed_tokens.weight.device)
+    model = RewardModel.from_policy(policy, len(HEADS), dtype=dtype)
     seen = fit(model, config=config, tokenizer=tokenizer, pairs=pairs, seed=seed, recorder_at=recorder_at)
     check_above_floor(seen, config)
     save_reward_model(directory / "checkpoint", model, tokenizer, heads=HEADS, facts={"heads": seen})
@@ -235,6 +237,8 @@ def load_scores(
     directory: Path, *, config: RewardModelConfig, tokenizer: Tokenizer, device: torch.device
 ) -> tuple[Scores, dict[str, dict[str, float]]]:
     """A trained reward model from its directory, with what was measured of each head."""
-    model, facts = load_reward_model(directory / "checkpoint", dtype=getattr(torch, config.dtype), device=device)
+    model, facts = load_reward_model(
+        directory / "checkpoint", dtype=compute_dtype(config.dtype, device), device=device
+    )
     model.requires_grad_(False)
     return Scores(model, tokenizer, row_len=config.row_len, rows_per_pass=config.rows_per_pass), facts["heads"]

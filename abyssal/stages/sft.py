@@ -15,6 +15,7 @@ import torch
 
 from abyssal.data.pack import Example, pack_isolated
 from abyssal.loss.balance import max_violation
+from abyssal.machine import Precision
 from abyssal.model.transformer import Transformer
 from abyssal.optim.clip import clip_gradients
 from abyssal.optim.schedule import learning_rate
@@ -41,7 +42,7 @@ class SftConfig:
     clip: float = 1.0
     mtp_weight: float = 0.1
     save_every: int = 50
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Precision = "auto"
 
 
 def fine_tune(

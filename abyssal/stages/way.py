@@ -21,9 +21,9 @@ import torch
 from rich.console import Console
 
 from abyssal.data.user_examples import read_conversations
-from abyssal.machine import keep_freed_memory, resolve_device, set_threads
+from abyssal.machine import compute_dtype, keep_freed_memory, resolve_device, set_threads
 from abyssal.reward.verifiers import Verifiers
-from abyssal.stages.recipe import Recipe, read_recipe, to_toml
+from abyssal.stages.recipe import Recipe, read_recipe, to_toml, with_precision
 from abyssal.stages.run import CHECKPOINTS, STAGES, Run, write_whole
 from abyssal.stages.steps import STEPS
 
@@ -52,13 +52,26 @@ def open_run(recipe: Recipe, console: Console) -> Run:
     """The run directory with its recipe; a recipe that differs where stages have already run is refused."""
     set_threads(recipe.run.threads or None)
     keep_freed_memory()
-    run = Run(recipe, recipe.directory, resolve_device(recipe.run.device), console)
-    saved = run.directory / "recipe.toml"
-    if saved.is_file():
-        check_same(asdict(read_recipe(saved)), asdict(recipe), run)
+    device = resolve_device(recipe.run.device)
+    saved = recipe.directory / "recipe.toml"
+    begun = read_recipe(saved) if saved.is_file() else None
+    recipe = settle_precision(recipe, begun, device, console)
+    run = Run(recipe, recipe.directory, device, console)
+    if begun is not None:
+        check_same(asdict(begun), asdict(recipe), run)
     run.directory.mkdir(parents=True, exist_ok=True)
     write_whole(saved, to_toml(recipe))
     return run
+
+
+def settle_precision(recipe: Recipe, begun: Recipe | None, device: torch.device, console: Console) -> Recipe:
+    """What "auto" stands for, said once and saved with the run: a run goes on in the type in which it began."""
+    chosen = recipe.run.dtype if begun is None or recipe.run.dtype != "auto" else begun.run.dtype
+    precision = str(compute_dtype(chosen, device)).removeprefix("torch.")
+    settled = with_precision(recipe, precision)
+    if settled != recipe and precision == "float32" and begun is None and chosen == "auto":
+        console.print(f"[dim]computing in FP32: this {device.type.upper()} has no BF16 products[/dim]", highlight=False)
+    return settled
 
 
 def check_same(old: dict[str, Any], new: dict[str, Any], run: Run) -> None:
