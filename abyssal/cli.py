@@ -48,6 +48,7 @@ class ChatOptions:
     max_tokens: int = 256
     seed: int = 0
     thinking: Literal["auto", "on", "off"] = "auto"  # auto: the model decides
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and products: bfloat16 takes half the memory
 
 
 def main() -> None:
@@ -107,6 +108,7 @@ def chat(arguments: list[str]) -> None:
         thinking=options.thinking,
         prompt=options.prompt,
         console=Console(),
+        dtype=options.dtype,
     )
 
 

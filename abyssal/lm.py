@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from abyssal.checkpoint.load import load_checkpoint
+from abyssal.checkpoint.load import OnBytes, load_checkpoint
 from abyssal.engine.engine import Engine
 from abyssal.model.transformer import Transformer
 from abyssal.tokens.chat import ThinkingMode, parse, render
@@ -99,12 +99,20 @@ class LM:
         return self.tokenizer.decode(ids, skip_special=True)
 
 
-def load(directory: str | Path, *, dtype: str = "float32", device: str = "auto", invariant: bool = False) -> LM:
+def load(
+    directory: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    invariant: bool = False,
+    on_bytes: OnBytes | None = None,
+) -> LM:
     """The model in a Hugging Face directory, ready to generate. Opens weights, config and tokenizer, nothing else.
 
     `invariant`: an answer is the same to the last bit whatever else is asked, before or at the same time; slower.
+    `on_bytes` is called with the bytes read and the bytes in all.
     """
-    loaded = load_checkpoint(directory, dtype=dtype, device=device)
+    loaded = load_checkpoint(directory, dtype=dtype, device=device, weights="compute", on_bytes=on_bytes)
     if loaded.tokenizer is None:
         raise FileNotFoundError(f"{directory} has no tokenizer.json: copy the model's tokenizer files into it")
     return LM(loaded.model, loaded.tokenizer, invariant=invariant)

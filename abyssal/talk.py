@@ -9,15 +9,23 @@ from rich.console import Console
 from rich.markup import escape
 
 from abyssal.lm import LM, load
+from abyssal.progress import bytes_bar
 from abyssal.tokens.chat import ThinkingMode, parse, render
 from abyssal.types import Conversation, Message, SamplingParams
 
 
 def talk(
-    directory: Path, *, params: SamplingParams, thinking: ThinkingMode, prompt: str | None, console: Console
+    directory: Path,
+    *,
+    params: SamplingParams,
+    thinking: ThinkingMode,
+    prompt: str | None,
+    console: Console,
+    dtype: str = "float32",
 ) -> None:
     """Answer `prompt` and return, or read questions until an empty line or the end of input. /new starts over."""
-    lm = load(directory)
+    with bytes_bar(f"loading {directory}", console) as on_bytes:
+        lm = load(directory, dtype=dtype, on_bytes=on_bytes)
     if prompt is not None:
         answer(lm, [Message(role="user", content=prompt)], params=params, thinking=thinking, console=console)
         return

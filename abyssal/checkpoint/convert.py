@@ -15,6 +15,7 @@ from typing import Any
 from abyssal.checkpoint.hf_config_fields import get, need, only, unsupported
 from abyssal.checkpoint.hf_config_layers import read_gqa, read_mla, read_moe, write_gqa, write_mla, write_moe
 from abyssal.checkpoint.hf_config_rope import read_rope, write_rope
+from abyssal.checkpoint.quantization_config import read_quantization
 from abyssal.model.config import ModelConfig, RopeScaling
 
 ARCHITECTURES = {
@@ -33,12 +34,12 @@ COMMON = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     """What config.json says, or a ValueError naming the field that asks for something we do not do."""
     kind = need(hf, "model_type", str)
+    read_quantization(hf)  # not of the model's shape: only what no reader of weights knows ends here
     if kind.startswith(OURS):
         return _from_ours(hf)
     if kind not in ARCHITECTURES:
         raise unsupported("model_type", kind, f"known are {', '.join(ARCHITECTURES)}")
     only(hf, "hidden_act", "silu")
-    only(hf, "quantization_config", None, remedy="convert the weights to BF16 first")
     only(hf, "attention_dropout", 0)
     only(hf, "partial_rotary_factor", 1)
     rope_theta, rope_scaling = read_rope(hf)
@@ -129,6 +130,7 @@ def _from_ours(hf: dict[str, Any]) -> ModelConfig:
         "eos_token_id",
         "pad_token_id",
         "use_cache",
+        "quantization_config",
         "transformers_version",
     }
     for key in sorted(hf.keys() - known - plumbing):

@@ -1,21 +1,37 @@
-"""Loading: a checkpoint of any format into a Transformer, every tensor accounted for before a byte of it is read."""
+"""Loading: a checkpoint of any format into a Transformer, every tensor accounted for before a byte of it is read.
+
+Tensors come one by one, in the order in which they lie on disk, each into its place: the memory that loading takes is
+the model's and that of one tensor.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from abyssal.checkpoint.atomic import find_directory
+from abyssal.checkpoint.faults import told
+from abyssal.checkpoint.fp8_blocks import FP8
 from abyssal.checkpoint.hf_directory import read_config
+from abyssal.checkpoint.safetensors_header import REAL_TYPES, TORCH_TYPES
 from abyssal.checkpoint.source import Source, open_checkpoint
+from abyssal.checkpoint.strict_json import one_line
+from abyssal.checkpoint.tensor_info import TensorInfo
 from abyssal.checkpoint.tensor_names import DERIVED, official_views, shared_copies
 from abyssal.machine import Precision, compute_dtype, resolve_device
 from abyssal.model.config import DTYPES, ModelConfig
 from abyssal.model.rope import rope_frequencies
 from abyssal.model.transformer import Transformer
 from abyssal.tokens.tokenizer import Tokenizer
+
+ROWS = 8192  # of a table compared at a time
+
+Weights = Literal["master", "compute"]
+OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 class Loaded(NamedTuple):
@@ -25,22 +41,31 @@ class Loaded(NamedTuple):
 
 
 def load_checkpoint(
-    path: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    weights: Weights = "master",
+    on_bytes: OnBytes | None = None,
 ) -> Loaded:
-    """The model (FP32 masters, computing in `dtype`), its tokenizer if there is one, and its config.
+    """The model, computing in `dtype`, its tokenizer if there is one, and its config.
 
-    `dtype="auto"` is BF16 where the hardware multiplies it, else FP32.
+    `dtype="auto"` is BF16 where the hardware multiplies it, else FP32. `weights`: FP32 masters, to train on, or already
+    cast to the compute type, to generate with, which a BF16 checkpoint needs no more memory for than it has bytes.
+    `on_bytes` is told how far reading is.
     """
     target = resolve_device(device)
     computes_in = _dtype(dtype, target)
     source = open_checkpoint(path)
-    with torch.device("meta"):  # no random start, no memory before everything fits
-        model = Transformer(source.config, dtype=computes_in)
+    model = meta_model(source.config, len(source.tensors), path=source.path, dtype=computes_in)
+    if weights == "compute":
+        model.cast_weights()
     check_tensors(source, {name: tuple(view.shape) for name, view in official_views(model).items()})
+    tokenizer = source.tokenizer()
     model.to_empty(device=target)
     model.rope_frequencies.copy_(rope_frequencies(source.config))
-    _read_weights(source, model)
-    return Loaded(model, source.tokenizer(), source.config)
+    _read_weights(source, model, on_bytes)
+    return Loaded(model, tokenizer, source.config)
 
 
 def load_config(directory: str | Path) -> ModelConfig:
@@ -48,27 +73,53 @@ def load_config(directory: str | Path) -> ModelConfig:
     return read_config(find_directory(Path(directory)))
 
 
-def check_tensors(source: Source, wanted: dict[str, tuple[int, ...]]) -> None:
+def meta_model(
+    config: ModelConfig, n_tensors: int, *, path: Path, dtype: torch.dtype = torch.float32
+) -> Transformer:
+    """Shapes without memory, of a config that is no bigger than what its `n_tensors` can bear out."""
+    for name in ("num_hidden_layers", "num_nextn_predict_layers", "n_routed_experts"):
+        if (count := getattr(config, name)) > n_tensors:
+            raise ValueError(
+                f"{path}: the tensors do not fit config.json: it has {name}={count} and there are {n_tensors} tensors"
+            )
+    try:
+        with torch.device("meta"):  # no random start, no memory before everything fits
+            return Transformer(config, dtype=dtype)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise ValueError(f"{path}: config.json describes no model that there could be ({one_line(error)})") from None
+
+
+def check_tensors(source: Source, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Every tensor accounted for, before a byte of them is read."""
-    found = {name: info.shape for name, info in source.tensors.items()}
-    optional = {copy: wanted[main] for copy, main in _copies_on_disk(source.config).items()}
-    allowed = optional | wanted
-    faults = {
+    if said := told(tensor_faults(source.config, source.tensors, wanted)):
+        raise ValueError(f"{source.path}: the tensors do not fit config.json: {said}")
+
+
+def tensor_faults(
+    config: ModelConfig, found: Mapping[str, TensorInfo], wanted: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[str]]:
+    """Kind of fault -> the tensors that have it."""
+    allowed = allowed_tensors(config, wanted)
+    known = {name: info for name, info in found.items() if name in allowed}
+    return {
         "missing": [name for name in wanted if name not in found],
         "unexpected": [name for name in found if name not in allowed and not DERIVED.search(name)],
         "of wrong shape": [
-            f"{name} {found[name]} instead of {shape}"
-            for name, shape in allowed.items()
-            if name in found and found[name] != shape
+            f"{name} {info.shape} instead of {allowed[name]}"
+            for name, info in known.items()
+            if info.shape != allowed[name]
+        ],
+        "of a type that is no weight's": [
+            f"{name} {info.stored} instead of {', '.join(REAL_TYPES)}"
+            for name, info in known.items()
+            if info.stored in TORCH_TYPES and info.stored not in (*REAL_TYPES, FP8)
         ],
     }
-    said = [
-        f"{len(names)} {fault} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for fault, names in faults.items()
-        if names
-    ]
-    if said:
-        raise ValueError(f"{source.path}: the tensors do not fit config.json: {'; '.join(said)}")
+
+
+def allowed_tensors(config: ModelConfig, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """What must be there and what may be: copies of others."""
+    return {copy: wanted[main] for copy, main in _copies_on_disk(config).items()} | dict(wanted)
 
 
 def _copies_on_disk(config: ModelConfig) -> dict[str, str]:
@@ -78,15 +129,32 @@ def _copies_on_disk(config: ModelConfig) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _read_weights(source: Source, model: Transformer) -> None:
+def _read_weights(source: Source, model: Transformer, on_bytes: OnBytes | None) -> None:
     views = official_views(model)
-    copies = _copies_on_disk(model.config)
+    copies = {name: main for name, main in _copies_on_disk(model.config).items() if name in source.tensors}
+    n_done, n_all = 0, sum(view.nbytes for view in views.values()) + sum(views[main].nbytes for main in copies.values())
+    later = []  # a copy may lie before its original
     for name in source.tensors:
-        if name in views:
+        if name in copies:
+            later.append(name)
+        elif name in views:
             views[name].copy_(source.read(name))
-    for name in copies.keys() & source.tensors.keys():
-        if not torch.equal(source.read(name).float(), views[copies[name]].cpu()):
+            n_done += views[name].nbytes
+            if on_bytes is not None:
+                on_bytes(n_done, n_all)
+    for name in later:
+        original = views[copies[name]]
+        if not _equal(source.read(name), original):
             raise ValueError(f"{source.path}: {name} differs from {copies[name]}, of which it must be a copy")
+        n_done += original.nbytes
+        if on_bytes is not None:
+            on_bytes(n_done, n_all)
+
+
+def _equal(stored: Tensor, original: Tensor) -> bool:
+    """In the type of the original, some rows at a time."""
+    pairs = zip(stored.split(ROWS), original.split(ROWS), strict=True)
+    return all(torch.equal(a.to(b.dtype), b.cpu()) for a, b in pairs)
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

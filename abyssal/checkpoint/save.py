@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from abyssal.checkpoint.atomic import replace_directory
 from abyssal.checkpoint.convert import config_to_hf
-from abyssal.checkpoint.hf_directory import INDEX, SINGLE
 from abyssal.checkpoint.resume import TrainerState, save_trainer
+from abyssal.checkpoint.shard_index import INDEX, SINGLE
 from abyssal.checkpoint.tensor_names import keeps_fp32, official_views, shared_copies
 from abyssal.model.transformer import Transformer
 from abyssal.tokens.tokenizer import Tokenizer

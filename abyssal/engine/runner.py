@@ -59,6 +59,7 @@ class Runner:
     ) -> None:
         config = model.config
         self.model = model.inference_copy(invariant=invariant)
+        self._owns_weights = not model.is_cast
         self.block_size, self.invariant = block_size, invariant
         self.device = model.embed_tokens.weight.device
         is_fp32_cpu = self.device.type == "cpu" and model.dtype == torch.float32
@@ -78,16 +79,17 @@ class Runner:
         return self.model.config
 
     def load_weights(self, model: Transformer) -> None:
-        """Compute with these weights from now on. In FP32 they are shared, in BF16 copied into place."""
+        """Compute with these weights from now on: copied into place if they need a cast, else shared."""
         if model.config != self.config or model.dtype != self.model.dtype:
             raise ValueError(
                 f"weights of {model.config} in {model.dtype} do not fit an engine built for {self.config} "
                 f"in {self.model.dtype}; build a new Engine"
             )
-        if model.dtype == torch.float32:
-            self.model = model.inference_copy(invariant=self.invariant)
-        else:
+        if self._owns_weights and not model.is_cast:
             self.model.load_state_dict(model.state_dict())
+        else:  # weights that the runner shares with somebody are never written to
+            self.model = model.inference_copy(invariant=self.invariant)
+            self._owns_weights = not model.is_cast
 
     def prefill(self, chunks: list[Chunk]) -> Tensor:
         """Compute prompts or parts of them into their blocks; logits of each chunk's last position, (B, V)."""

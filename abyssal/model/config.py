@@ -100,6 +100,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
             _positive(self, name)
+        for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
+            if (count := getattr(self, name)) < 0:
+                raise ValueError(f"{name}={count} is less than none; use 0 or more")
         if self.attention == "mla":
             for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
                 _positive(self, name)
@@ -123,7 +126,7 @@ class ModelConfig:
             raise ValueError(f"feed_forward={self.feed_forward!r} is unknown; use 'moe' or 'dense'")
 
     def _check_moe(self) -> None:
-        for name in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        for name in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"):
             _positive(self, name)
         if self.n_routed_experts % self.n_group:
             raise ValueError(f"n_routed_experts={self.n_routed_experts} does not divide into n_group={self.n_group}")

@@ -1,7 +1,7 @@
 """The one Transformer: ids -> hidden states -> logits, with MTP modules behind it. Knows no ranks, files or engine.
 
 Module names are the official tensor names without the leading "model.", experts stacked. Weights are FP32 masters; each
-layer casts them to `dtype`, the compute type, where it uses them.
+layer casts them to `dtype`, the compute type, where it uses them. A model that only generates may store them so cast.
 Letters: B batch, T tokens, D width, V vocabulary, M MoE layers, K chosen experts, N tokens of the whole batch.
 """
 
@@ -24,6 +24,8 @@ from abyssal.model.mla import MLA
 from abyssal.model.moe import DenseFFN, Experts, Gate, Routing
 from abyssal.model.mtp import MtpModule
 from abyssal.model.rope import rope_amplitude, rope_frequencies, rope_tables
+
+CAST_AT_USE = (Linear, Experts, nn.Embedding)  # modules that cast their weights to the compute type
 
 
 class Transformer(nn.Module):
@@ -138,24 +140,38 @@ class Transformer(nn.Module):
         """Every router with a balance bias, main layers first, then MTP modules."""
         return [m for m in self.modules() if isinstance(m, Gate) and m.config.topk_method == "noaux_tc"]
 
+    @property
+    def is_cast(self) -> bool:
+        """Whether weights are stored in the compute type already: FP32 ones always are."""
+        return self.embed_tokens.weight.dtype == self.dtype
+
+    def cast_weights(self) -> Transformer:
+        """Store in the compute type what each use casts to it. Router and norms stay FP32. Not for training."""
+        for module in self.modules():
+            if isinstance(module, CAST_AT_USE):
+                module.to(self.dtype)
+        return self.requires_grad_(False)
+
     @torch.no_grad()
     def inference_copy(self, *, invariant: bool = False) -> Transformer:
         """The same model with its weights cast once, as training casts them at each use; itself when none needs it.
 
         Router and norms stay FP32, so the numbers are those of training. With `invariant`, layers that have a slower
-        form in which a row's bits do not depend on the other rows use it; in FP32 such a copy shares its weights.
+        form in which a row's bits do not depend on the other rows use it; such a copy shares what needs no cast.
         """
-        is_cast = self.dtype != torch.float32
-        if not is_cast and not invariant:
+        if self.is_cast and not invariant:
             return self
-        shared = {} if is_cast else {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
-        model = copy.deepcopy(self, shared)
+        if self.is_cast:
+            taken = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        else:
+            cast = [module for module in self.modules() if isinstance(module, CAST_AT_USE)]
+            masters = {id(p): p for module in cast for p in module.parameters(recurse=False)}
+            taken = {key: nn.Parameter(p.to(self.dtype), requires_grad=False) for key, p in masters.items()}
+        model = copy.deepcopy(self, dict(taken))  # what is in `taken` is not copied: no second set of masters
         for module in model.modules():
-            if is_cast and isinstance(module, (Linear, Experts, nn.Embedding)):
-                module.to(self.dtype)
             if isinstance(module, (MLA, GQA, DenseFFN, Gate, Experts)):
                 module.invariant = invariant
-        return model.requires_grad_(False) if is_cast else model
+        return model if self.is_cast else model.requires_grad_(False)
 
 
 def count_parameters(model: Transformer) -> tuple[int, int]:

@@ -1,0 +1,129 @@
+"""Loading to generate: weights in the compute type, each tensor on its own, and an engine that makes no second copy."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from small_models import KINDS, random_prompts, small_model
+
+from abyssal.checkpoint import load as load_room
+from abyssal.checkpoint.hf_directory import HfDirectory
+from abyssal.checkpoint.load import load_checkpoint
+from abyssal.checkpoint.save import save_checkpoint
+from abyssal.engine.engine import Engine
+from abyssal.progress import bytes_bar
+from abyssal.types import SamplingParams
+
+FP32_ALWAYS = ("norm.weight", "layernorm.weight", ".gate.weight", "e_score_correction_bias", "rope_frequencies")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compute_weights_are_bf16_but_router_and_norms_and_give_the_bits_of_masters(kind: str, tmp_path: Path):
+    save_checkpoint(tmp_path / "base", small_model(kind), None)
+    masters = load_checkpoint(tmp_path / "base", dtype="bfloat16").model
+    cast = load_checkpoint(tmp_path / "base", dtype="bfloat16", weights="compute").model
+    assert {p.dtype for p in masters.parameters()} == {torch.float32} and masters.embed_tokens.weight.requires_grad
+    for name, tensor in [*cast.named_parameters(), *cast.named_buffers()]:
+        stays = name.endswith(FP32_ALWAYS) or name.split(".")[-2].endswith("norm")
+        assert tensor.dtype == (torch.float32 if stays else torch.bfloat16), name
+        assert not tensor.requires_grad
+    twin = masters.inference_copy()
+    assert [(n, p.dtype) for n, p in twin.state_dict().items()] == [(n, p.dtype) for n, p in cast.state_dict().items()]
+    assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), cast.parameters(), strict=True))
+    ids_BT = torch.tensor(random_prompts([12]))
+    assert torch.equal(masters.logits(masters.hidden(ids_BT)), cast.logits(cast.hidden(ids_BT)))
+
+
+def test_fp32_compute_weights_are_masters(tmp_path: Path):
+    save_checkpoint(tmp_path / "base", small_model(), None)
+    model = load_checkpoint(tmp_path / "base", weights="compute").model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.is_cast and model.inference_copy() is model
+
+
+def test_nothing_is_copied_that_needs_no_cast(tmp_path: Path):
+    save_checkpoint(tmp_path / "base", small_model(), None)
+    cast = load_checkpoint(tmp_path / "base", dtype="bfloat16", weights="compute").model
+    assert cast.inference_copy() is cast
+    invariant = cast.inference_copy(invariant=True)
+    assert invariant is not cast and invariant.layers[1].mlp.gate.invariant and not cast.layers[1].mlp.gate.invariant
+    for a, b in zip(invariant.state_dict().values(), cast.state_dict().values(), strict=True):
+        assert a.data_ptr() == b.data_ptr()
+    masters = small_model(dtype=torch.bfloat16)
+    copied = masters.inference_copy()
+    assert copied.embed_tokens.weight.dtype == torch.bfloat16 and masters.embed_tokens.weight.dtype == torch.float32
+    for a, b in zip(copied.parameters(), masters.parameters(), strict=True):
+        assert a.data_ptr() != b.data_ptr() and b.requires_grad and not a.requires_grad
+
+
+def test_an_engine_takes_new_weights_and_never_writes_to_those_it_shares():
+    """First over weights that it shares with their owner, then over a copy of its own."""
+    cast, masters = small_model(seed=1, dtype=torch.bfloat16).cast_weights(), small_model(seed=2, dtype=torch.bfloat16)
+    engine = Engine(cast, eos_ids=(), max_batch=2, record_experts=False)
+    assert engine._runner.model is cast
+    before = {name: tensor.clone() for name, tensor in cast.state_dict().items()}
+    params = SamplingParams(temperature=0.0, max_tokens=8)
+
+    def answer(model: object) -> list[int]:
+        fresh = Engine(model, eos_ids=(), max_batch=2, record_experts=False)
+        return fresh.generate(random_prompts([5]), params)[0].ids
+
+    for new in (masters, small_model(seed=3, dtype=torch.bfloat16), cast, masters):
+        engine.load_weights(new)
+        assert engine.generate(random_prompts([5]), params)[0].ids == answer(new)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in cast.state_dict().items())
+    assert {p.dtype for p in masters.parameters()} == {torch.float32}
+
+
+def test_tensors_are_read_once_each_in_the_order_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save_checkpoint(tmp_path / "base", small_model("mla_moe_query_latent"), None, max_shard_bytes=30_000)
+    read: list[str] = []
+    plain = HfDirectory.read
+    monkeypatch.setattr(HfDirectory, "read", lambda self, name: read.append(name) or plain(self, name))
+    steps: list[tuple[int, int]] = []
+    load_checkpoint(tmp_path / "base", on_bytes=lambda done, total: steps.append((done, total)))
+    on_disk = [
+        name
+        for file in sorted((tmp_path / "base").glob("*.safetensors"))
+        for name in load_file(file)
+        if not name.endswith(("layers.3.embed_tokens.weight", "shared_head.head.weight"))
+    ]
+    assert sorted(read[: len(on_disk)]) == sorted(on_disk)
+    shard_of = [HfDirectory(tmp_path / "base")._stored[name][::3] for name in read[: len(on_disk)]]
+    assert shard_of == sorted(shard_of)
+    assert sorted(read[len(on_disk) :]) == [  # copies come last, when their originals are there
+        "model.layers.3.embed_tokens.weight", "model.layers.3.shared_head.head.weight"]
+    done, total = zip(*steps, strict=True)
+    assert done == tuple(sorted(done)) and set(total) == {done[-1]}
+
+
+def test_a_copy_is_compared_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The last row of the last piece counts too."""
+    monkeypatch.setattr(load_room, "ROWS", 7)
+    save_checkpoint(tmp_path / "base", small_model("mla_moe_query_latent"), None)
+    load_checkpoint(tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.layers.3.embed_tokens.weight"][60, 31] += 1
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(ValueError, match="embed_tokens.weight differs from"):
+        load_checkpoint(tmp_path / "base", dtype="bfloat16", weights="compute")
+
+
+def test_a_bar_is_shown_when_it_takes_long_and_only_on_a_terminal():
+    def drawn(*, seconds: float, terminal: bool) -> str:
+        now = [0.0]
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+        with bytes_bar("loading r1", console, clock=lambda: now[0]) as on_bytes:
+            for step in range(1, 5):
+                now[0] = seconds * step / 4
+                on_bytes(step * 500_000_000, 2_000_000_000)
+        return console.file.getvalue()
+
+    text = drawn(seconds=8, terminal=True)
+    assert "loading r1" in text and "1.0/2.0 GB" in text and "2.0/2.0 GB" in text
+    assert drawn(seconds=0.5, terminal=True) == drawn(seconds=8, terminal=False) == ""
