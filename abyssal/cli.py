@@ -49,6 +49,7 @@ class ChatOptions:
     seed: int = 0
     thinking: Literal["auto", "on", "off"] = "auto"  # auto: the model decides
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and products: bfloat16 takes half the memory
+    raw: bool = False  # continue the prompt as it stands, its control tokens included, without the chat template
 
 
 def main() -> None:
@@ -109,6 +110,7 @@ def chat(arguments: list[str]) -> None:
         prompt=options.prompt,
         console=Console(),
         dtype=options.dtype,
+        raw=options.raw,
     )
 
 

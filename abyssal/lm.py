@@ -59,16 +59,24 @@ class LM:
             )
         return self.model.logits(self.model.hidden(ids))
 
-    def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Generated]:
-        """Continue plain text, without the chat template; text that spells a control token stays text."""
+    def generate(
+        self, prompts: str | Sequence[str], params: SamplingParams | None = None, *, raw: bool = False
+    ) -> list[Generated]:
+        """Continue plain text, without the chat template; text that spells a control token stays text unless `raw`."""
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        # as in pretraining, where a document follows the end of another
-        begin = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
-        ids = [[*begin, *self.tokenizer.encode(text)] or [self.tokenizer.eos_id] for text in texts]
+        ids = [self.prompt_ids(text, raw=raw) for text in texts]
         return [
             Generated(self._text(c.ids), c.ids, c.logps, c.finish_reason)
             for c in self.engine.generate(ids, params or SamplingParams())
         ]
+
+    def prompt_ids(self, text: str, *, raw: bool = False) -> list[int]:
+        """What `generate` continues. With `raw` a control token that the text spells is one, and nothing is added."""
+        if raw:
+            return self.tokenizer.encode(text, allow_control=True) or [self.tokenizer.eos_id]
+        # as in pretraining, where a document follows the end of another
+        begin = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
+        return [*begin, *self.tokenizer.encode(text)] or [self.tokenizer.eos_id]
 
     def chat(
         self, messages: Conversation, params: SamplingParams | None = None, *, thinking: ThinkingMode = "auto"

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from abyssal.lm import LM, load
 from abyssal.progress import bytes_bar
+from abyssal.tokens.bpe import END_THINK, THINK
 from abyssal.tokens.chat import ThinkingMode, parse, render
 from abyssal.types import Conversation, Message, SamplingParams
 
@@ -22,10 +23,19 @@ def talk(
     prompt: str | None,
     console: Console,
     dtype: str = "float32",
+    raw: bool = False,
 ) -> None:
-    """Answer `prompt` and return, or read questions until an empty line or the end of input. /new starts over."""
+    """Answer `prompt` and return, or read questions until an empty line or the end of input. /new starts over.
+
+    With `raw`, `prompt` is continued as it stands, and control tokens that it spells are control tokens.
+    """
+    if raw and prompt is None:
+        raise ValueError("--raw continues a text, not a conversation; give the text with --prompt")
     with bytes_bar(f"loading {directory}", console) as on_bytes:
         lm = load(directory, dtype=dtype, on_bytes=on_bytes)
+    if raw and prompt is not None:
+        spoken(lm, lm.prompt_ids(prompt, raw=True), params=params, in_thought=False, console=console)
+        return
     if prompt is not None:
         answer(lm, [Message(role="user", content=prompt)], params=params, thinking=thinking, console=console)
         return
@@ -59,16 +69,21 @@ def answer(
 ) -> Message:
     """Draw one answer and print it token by token."""
     prompt = render(conversation, lm.tokenizer, add_generation_prompt=True, thinking=thinking).ids
-    in_thought = thinking == "on"
+    ids = spoken(lm, prompt, params=params, in_thought=thinking == "on", console=console)
+    return parse(ids, lm.tokenizer, thinking_open=thinking == "on")
+
+
+def spoken(lm: LM, prompt: list[int], *, params: SamplingParams, in_thought: bool, console: Console) -> list[int]:
+    """The ids drawn after a prompt, printed as they come."""
     ids: list[int] = []
     piece: list[int] = []  # since the last control token
     printed = ""
     for token in lm.stream(prompt, params):
         ids.append(token)
         if token in lm.tokenizer.control_ids:
-            if token == lm.tokenizer.end_think_id and in_thought:
+            if token == lm.tokenizer.find(END_THINK) and in_thought:
                 console.print()
-            in_thought = token == lm.tokenizer.think_id
+            in_thought = token == lm.tokenizer.find(THINK)
             piece, printed = [], ""
             continue
         piece.append(token)
@@ -79,4 +94,4 @@ def answer(
             )
             printed = text
     console.print()
-    return parse(ids, lm.tokenizer, thinking_open=thinking == "on")
+    return ids

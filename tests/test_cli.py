@@ -176,6 +176,13 @@ def test_a_folder_that_is_no_checkpoint(home, fails):
     assert "Missing" in fails("chat")
 
 
+def test_a_raw_prompt_is_continued_as_it_stands(checkpoint, capsys, fails):
+    raw = ["--prompt", "<｜User｜>one<｜Assistant｜>", "--max-tokens", "5", "--raw"]
+    assert cli.dispatch(["chat", str(checkpoint), *raw]) == 0
+    assert capsys.readouterr().out.strip()
+    assert "give the text with --prompt" in fails("chat", checkpoint, "--raw")
+
+
 def test_sampling_settings_that_make_no_sense(checkpoint, fails):
     assert "temperature=-1.0 is negative" in fails("chat", checkpoint, "--prompt", "x", "--temperature", "-1")
     assert "max_tokens=0" in fails("chat", checkpoint, "--prompt", "x", "--max-tokens", "0")

@@ -73,6 +73,17 @@ def test_generate_returns_text_ids_log_probabilities_and_the_reason(lm: LM):
     assert [g.ids for g in lm.generate("one plus", SamplingParams(max_tokens=5, seed=1))] == [first.ids]
 
 
+def test_a_raw_prompt_may_hold_control_tokens_and_no_other_can(lm: LM):
+    text = "<｜User｜>one<｜Assistant｜>"
+    user, assistant = lm.tokenizer.user_id, lm.tokenizer.assistant_id
+    assert lm.prompt_ids(text, raw=True) == [user, *lm.tokenizer.encode("one"), assistant]
+    assert lm.tokenizer.control_ids.isdisjoint(lm.prompt_ids(text))
+    params = SamplingParams(max_tokens=4, seed=3)
+    (closed,), (opened,) = lm.generate(text, params), lm.generate(text, params, raw=True)
+    assert opened.ids == next(iter(lm.engine.generate([lm.prompt_ids(text, raw=True)], params))).ids
+    assert opened.logps != closed.logps
+
+
 def test_an_answer_that_ends_says_so(lm: LM):
     """Temperature 50 makes all tokens alike: some of forty answers soon draws the end."""
     found = lm.generate(["one"] * 40, SamplingParams(max_tokens=60, temperature=50.0, seed=0))

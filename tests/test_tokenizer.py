@@ -50,6 +50,11 @@ def test_control_tokens_are_reached_by_name_only(tokenizer):
         tokenizer.token_id("a")  # a token, but an ordinary one
 
 
+def test_a_token_that_is_not_there_is_none_where_that_is_an_answer(tokenizer):
+    assert tokenizer.find("<think>") == 3 and tokenizer.find("a") is None
+    assert (tokenizer.role_id("bos_token"), tokenizer.role_id("unk_token")) == (0, None)
+
+
 def test_decoding_shows_control_tokens_or_leaves_them_out(tokenizer):
     ids = [tokenizer.user_id, *tokenizer.encode("hi"), tokenizer.eos_id]
     assert tokenizer.decode(ids) == "<｜User｜>hi<｜end▁of▁sentence｜>"

@@ -8,11 +8,9 @@ Letters: V vocabulary, D width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,12 +38,12 @@ def foreign_tokenizer(directory: Path, *, say: Callable[[str], None]) -> Tokeniz
                 f"{path}: its tokenizer turns {text!r} into {found.decode(found.encode(text))!r}, so answers could not "
                 f"be compared as text; start from a model whose tokenizer keeps text as it is (byte-level BPE)"
             )
-    eos = named(path, "eos_token") or (CHATML_END if found.is_chatml else None)
+    eos = found.named("eos_token") or (CHATML_END if found.is_chatml else None)
     if eos is None:
         raise ValueError(f"{path} names no end token; write eos_token into its tokenizer_config.json")
     turn_marks = () if found.is_chatml else (USER, ASSISTANT)
     eos = CHATML_END if found.is_chatml else eos  # what ends an answer there, whatever ends a text
-    bos, pad = (named(path, key) or eos for key in ("bos_token", "pad_token"))
+    bos, pad = (found.named(key) or eos for key in ("bos_token", "pad_token"))
     known = set(found.control_names)
     tokenizer = found.with_control(
         [name for name in dict.fromkeys((bos, eos, pad, *turn_marks, THINK, END_THINK)) if name not in known],
@@ -59,29 +57,6 @@ def foreign_tokenizer(directory: Path, *, say: Callable[[str], None]) -> Tokeniz
     no_fim = "" if tokenizer.has_fim else "; no fill-in-the-middle, for which it has no marks"
     say(f"tokenizer of {directory}: {found.vocab_size} ids, {marks}, ends answers with {eos}; {new}{no_fim}")
     return tokenizer
-
-
-def named(path: Path, key: str) -> str | None:
-    """A token by its role: from tokenizer_config.json, special_tokens_map.json, or by its id from config.json."""
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        value = read_json(path / file).get(key)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            return value
-    index = read_json(path / "config.json").get(f"{key}_id")
-    index = index[0] if isinstance(index, list) and index else index
-    tokens = {token["id"]: token["content"] for token in read_json(path / "tokenizer.json").get("added_tokens", [])}
-    return tokens.get(index)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
-    return content if isinstance(content, dict) else {}
 
 
 def foreign_model(directory: Path, tokenizer: Tokenizer, *, dtype: str, device: torch.device) -> Transformer:

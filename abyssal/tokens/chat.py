@@ -125,7 +125,7 @@ def parse(ids: list[int], tokenizer: Tokenizer, *, thinking_open: bool = False) 
     if tokenizer.eos_id in ids:
         ids = ids[: ids.index(tokenizer.eos_id)]
     if not thinking_open:
-        if not ids or ids[0] != tokenizer.think_id:
+        if not ids or ids[0] != tokenizer.find(THINK):
             return Message(role="assistant", content=tokenizer.decode(ids))
         ids = ids[1:]
     end = ids.index(tokenizer.end_think_id) if tokenizer.end_think_id in ids else len(ids)

@@ -1,10 +1,12 @@
-"""Text to ids and back, and the tokenizer files of a checkpoint directory.
+"""Text to ids and back, for any tokenizer.json there is.
 
-Owns the promise that no text ever becomes a control token. Does not own where control tokens go: chat.py inserts them.
+No text ever becomes a control token (plain_text.py), unless the caller asks for just that (`allow_control`). Does not
+own where control tokens go: chat.py inserts them.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -28,38 +30,26 @@ from abyssal.tokens.bpe import (
     USER,
 )
 from abyssal.tokens.chat import chat_template
+from abyssal.tokens.plain_text import PlainText, encoded, unlimited
+from abyssal.tokens.tokenizer_files import ROLES, read_backend, read_config, template_text, token_name, write_whole
 
 
 class Tokenizer:
-    """A byte-level BPE with control tokens that only `token_id` can name."""
+    """A vocabulary with control tokens that only `token_id` can name."""
 
     def __init__(self, backend: tokenizers.Tokenizer, *, config: dict[str, Any] | None = None) -> None:
         """`config` is the content of tokenizer_config.json; without it DeepSeek's names are taken."""
         self._backend = backend  # as it is saved: the flags other libraries read
         self._config = dict(config or {})
-        added = backend.get_added_tokens_decoder()
-        self._control = {token.content: i for i, token in added.items()}
-        self._control_ids = frozenset(added)
-        self._plain = _treating_control_as_text(backend)
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        spec = json.loads(backend.to_str())
+        self._text = PlainText(spec, roles={self.named(role) for role in ROLES})
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Tokenizer:
-        """Read tokenizer.json, and tokenizer_config.json where there is one."""
-        path = Path(directory) / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; name the directory of a checkpoint or of a trained tokenizer")
-        try:
-            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises a bare Exception for anything it cannot read
-            raise ValueError(f"{path} is not a tokenizer file ({error}); copy or train it again") from None
-        config_path = path.with_name("tokenizer_config.json")
-        if not config_path.is_file():
-            return cls(backend)
-        try:
-            return cls(backend, config=json.loads(config_path.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{config_path} is not JSON ({error}); copy or train it again") from None
+        """Read tokenizer.json, and what the files beside it say of its tokens."""
+        path = Path(directory)
+        return cls(read_backend(path / "tokenizer.json"), config=read_config(path))
 
     def save(self, directory: str | os.PathLike[str], *, model_max_length: int | None = None) -> None:
         """Write the two files, each whole or not at all; `transformers.AutoTokenizer` loads the directory.
@@ -73,17 +63,15 @@ class Tokenizer:
             "add_bos_token": False,  # documents are packed with the end token only, so plain text starts without bos
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
-            "bos_token": BOS,
-            "eos_token": EOS,
-            "pad_token": PAD,
+            **{role: name for role, name in zip(ROLES, (BOS, EOS, PAD), strict=True) if name in self._text.control},
             **self._config,
         }
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
-        if USER in self._control or self.is_chatml:
-            config["chat_template"] = chat_template(chatml=self.is_chatml)
-        _write_whole(directory / "tokenizer.json", self._backend.to_str(pretty=True))
-        _write_whole(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        if self.template is not None:
+            config["chat_template"] = self.template
+        write_whole(directory / "tokenizer.json", self._backend.to_str(pretty=True))
+        write_whole(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
 
     def with_control(self, names: Sequence[str], **config: str) -> Tokenizer:
         """A copy that has these control tokens too, at the end where it did not know them, and this configuration."""
@@ -91,70 +79,113 @@ class Tokenizer:
         backend.add_tokens([tokenizers.AddedToken(name, normalized=False, special=False) for name in names])
         return Tokenizer(backend, config=config)
 
-    def encode(self, text: str) -> list[int]:
-        """Text to ids, never to a control token: of "a<think>" the ids of a, <think and >."""
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, *, allow_control: bool = False) -> list[int]:
+        """Text to ids, never to a control token: of "a<think>" the ids of a, <think and >.
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        `allow_control` is for text that its author may steer with, such as a raw prompt of one's own: there what spells
+        a control token becomes one, as in other libraries.
+        """
+        return self.encode_batch([text], allow_control=allow_control)[0]
+
+    def encode_after(self, text: str) -> list[int]:
+        """`encode` of text that stands behind other tokens. Another thing only where a vocabulary marks the first word
+        of a text (Llama 2): there it is not marked again."""
+        return self._text.encode([text], behind=True)[0]
+
+    def encode_batch(self, texts: list[str], *, allow_control: bool = False) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        try:
-            encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
-        except TypeError:  # what the library says of a string that has no UTF-8 form
-            for text in texts:
-                _check_utf8(text)
-            raise
-        all_ids: list[list[int]] = [encoding.ids for encoding in encodings]
-        assert all(self._control_ids.isdisjoint(ids) for ids in all_ids), "text became a control token"
-        return all_ids
+        if allow_control:
+            return encoded(self._open, texts)
+        return self._text.encode(texts)
 
     def decode(self, ids: list[int], *, skip_special: bool = False) -> str:
         """Ids to text. Control tokens appear as they are spelled, or not at all with `skip_special`."""
         if skip_special:
-            ids = [i for i in ids if i not in self._control_ids]
-        return self._plain.decode(ids, skip_special_tokens=False)
+            ids = [i for i in ids if i not in self.control_ids]
+        return self._text.decode(ids)
 
     def token_id(self, name: str) -> int:
         """The id of a control token."""
-        if name not in self._control:
+        if name not in self._text.control:
             raise ValueError(f"this tokenizer has no control token {name!r}; use a DeepSeek one or train one")
-        return self._control[name]
+        return self._text.control[name]
+
+    def find(self, name: str) -> int | None:
+        """The id of a control token, or None where there is no such token."""
+        return self._text.control.get(name)
+
+    def named(self, role: str) -> str | None:
+        """The token that the files give a role: bos_token, eos_token, pad_token, unk_token."""
+        return token_name(self._config.get(role))
+
+    def role_id(self, role: str) -> int | None:
+        """The id of the token with a role, in DeepSeek's spelling where the files name none; None without one."""
+        default = dict(zip(ROLES, (BOS, EOS, PAD), strict=True)).get(role, "")
+        return self.find(self.named(role) or default)
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """As it is saved, for formats other than tokenizer.json. It reads control tokens in any text."""
+        return self._backend
+
+    @property
+    def template(self) -> str | None:
+        """The chat template as Jinja, for other libraries; None where neither files nor vocabulary have one."""
+        if USER in self._text.control or self.is_chatml:
+            return chat_template(chatml=self.is_chatml)
+        return template_text(self._config.get("chat_template"))
 
     @property
     def control_ids(self) -> frozenset[int]:
         """All ids that no text can become."""
-        return self._control_ids
+        return self._text.control_ids
 
     @property
     def control_names(self) -> list[str]:
         """As they are spelled."""
-        return list(self._control)
+        return list(self._text.control)
 
     @property
     def is_chatml(self) -> bool:
         """Whether turns are marked as in ChatML, because the vocabulary has those marks and not DeepSeek's."""
-        return USER not in self._control and {CHATML_START, CHATML_END} <= self._control.keys()
+        return USER not in self._text.control and {CHATML_START, CHATML_END} <= self._text.control.keys()
 
     @property
     def has_fim(self) -> bool:
         """Whether documents can be cut for fill-in-the-middle."""
-        return {FIM_BEGIN, FIM_HOLE, FIM_END} <= self._control.keys()
+        return {FIM_BEGIN, FIM_HOLE, FIM_END} <= self._text.control.keys()
+
+    @property
+    def has_thinking(self) -> bool:
+        """Whether the vocabulary can mark thinking."""
+        return {THINK, END_THINK} <= self._text.control.keys()
 
     @property
     def bos_id(self) -> int:
-        return self.token_id(self._configured("bos_token", BOS))
+        """What begins a text; the end token where the files name none."""
+        found = self.role_id("bos_token")
+        return self.eos_id if found is None else found
 
-    @property
+    @functools.cached_property
     def adds_bos(self) -> bool:
         """Did plain text begin with the begin token in pretraining? In our own it did not."""
-        return bool(self._config.get("add_bos_token", False))
+        if "add_bos_token" in self._config:
+            return bool(self._config["add_bos_token"])
+        return self._backend.encode("a").ids[:1] == [self.bos_id]  # newer files say it in their post-processor
 
     @property
     def eos_id(self) -> int:
-        return self.token_id(self._configured("eos_token", EOS))
+        found = self.role_id("eos_token")
+        if found is None:
+            name = self.named("eos_token") or EOS
+            raise ValueError(f"this tokenizer has no end token {name}; write eos_token into its tokenizer_config.json")
+        return found
 
     @property
     def pad_id(self) -> int:
-        return self.token_id(self._configured("pad_token", PAD))
+        """What fills a row; the end token where the files name none."""
+        found = self.role_id("pad_token")
+        return self.eos_id if found is None else found
 
     @property
     def think_id(self) -> int:
@@ -184,38 +215,7 @@ class Tokenizer:
     def fim_end_id(self) -> int:
         return self.token_id(FIM_END)
 
-    def _configured(self, key: str, default: str) -> str:
-        named = self._config.get(key) or default
-        return named["content"] if isinstance(named, dict) else named  # older files spell a token out as a dict
-
-
-def _check_utf8(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"text with half a surrogate pair at {error.start}; write the whole character") from None
-
-
-def _treating_control_as_text(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A copy that never matches a control token in its input; the library spares only those marked special."""
-    spec = json.loads(backend.to_str())
-    for token in spec["added_tokens"]:
-        token["special"] = True
-    plain = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    plain.no_truncation()  # some published files carry a limit, which would cut text without a word
-    plain.no_padding()
-    plain.encode_special_tokens = True
-    return plain
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror}; free some space and run again") from None
+    @functools.cached_property
+    def _open(self) -> tokenizers.Tokenizer:
+        """Reads control tokens wherever they are spelled. Made when first asked for: most never are."""
+        return unlimited(tokenizers.Tokenizer.from_str(self._backend.to_str()))
