@@ -176,10 +176,10 @@ def test_a_folder_that_is_no_checkpoint(home, fails):
     assert "Missing" in fails("chat")
 
 
-def test_a_raw_prompt_is_continued_as_it_stands(checkpoint, capsys, fails):
+def test_a_raw_prompt_is_continued_as_it_stands(checkpoint, capfd, fails):
     raw = ["--prompt", "<｜User｜>one<｜Assistant｜>", "--max-tokens", "5", "--raw"]
     assert cli.dispatch(["chat", str(checkpoint), *raw]) == 0
-    assert capsys.readouterr().out.strip()
+    assert capfd.readouterr().out.strip()
     assert "give the text with --prompt" in fails("chat", checkpoint, "--raw")
 
 
