@@ -113,7 +113,8 @@ def main() -> None:
     parser.add_argument("--made", action="store_true", help="a small random Llama")
     parser.add_argument("--work", type=Path, default=Path("out/foreign_base"))
     parser.add_argument("--traces", type=int, default=400)
-    parser.add_argument("--sft-lr", type=float, default=1e-4)
+    parser.add_argument("--sft-lr", type=float, default=5e-4)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--grpo-steps", type=int, default=10)
     parser.add_argument("--grpo-lr", type=float, default=1e-5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products")
@@ -148,8 +149,8 @@ def main() -> None:
         show("base")
         began = time.perf_counter(), time.process_time()
         sft = SftConfig(
-            epochs=1, row_len=128, rows=4, optimizer="adamw", adamw_lr=options.sft_lr, weight_decay=0.0, mtp_weight=0.0,
-            save_every=0,
+            epochs=options.epochs, row_len=128, rows=4, optimizer="adamw", adamw_lr=options.sft_lr, weight_decay=0.0,
+            mtp_weight=0.0, save_every=0,
         )  # fmt: skip
         fine_tune(
             options.work / "sft", config=sft, model=model, tokenizer=tokenizer,
@@ -176,7 +177,8 @@ def main() -> None:
     line = {
         "date": datetime.date.today().isoformat(), "base": base.name, "parameters": count_parameters(model)[0],
         "family": "chain, levels 2 and 3, modulo 5, English", "held_out_problems": options.problems,
-        "traces": options.traces, "sft_lr": options.sft_lr, "grpo": f"{options.grpo_steps} steps of 8 x 4",
+        "traces": options.traces, "epochs": options.epochs, "sft_lr": options.sft_lr,
+        "grpo": f"{options.grpo_steps} steps of 8 x 4",
         "grpo_lr": options.grpo_lr, "threads": 1, "dtype": options.dtype, "torch": torch.__version__,
         "seconds": seconds, "found": found,
     }  # fmt: skip

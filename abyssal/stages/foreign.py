@@ -62,26 +62,33 @@ def foreign_tokenizer(directory: Path, *, say: Callable[[str], None]) -> Tokeniz
 def foreign_model(directory: Path, tokenizer: Tokenizer, *, dtype: str, device: torch.device) -> Transformer:
     """Its model, with a row for every id of `tokenizer`, the completed one."""
     model = load_checkpoint(directory, dtype=dtype, device=device).model
-    n_before = Tokenizer.load(find_directory(directory)).vocab_size
+    before = Tokenizer.load(find_directory(directory))
+    n_before = before.vocab_size
     if n_before > model.config.vocab_size:
         raise ValueError(
             f"{directory}: its tokenizer has {n_before} ids and its model rows for {model.config.vocab_size}; "
             f"copy the tokenizer that belongs to the model"
         )
-    return with_rows(model, n_known=n_before, n_ids=tokenizer.vocab_size)
+    spelled = {tokenizer.token_id(name): before.encode(name) for name in tokenizer.control_names}
+    return with_rows(model, n_known=n_before, spelled=[spelled[i] for i in range(n_before, tokenizer.vocab_size)])
 
 
 @torch.no_grad()
-def with_rows(model: Transformer, *, n_known: int, n_ids: int) -> Transformer:
-    """The same model with rows for ids up to `n_ids`; those from `n_known` on begin as the mean of those before."""
-    if n_known == n_ids:
+def with_rows(model: Transformer, *, n_known: int, spelled: list[list[int]]) -> Transformer:
+    """The same model with a row for each of the new ids, which follow the `n_known` old ones.
+
+    `spelled` are the old ids of each one's spelling, such as those of "<", "think" and ">": its row begins as their
+    mean. The mean of all rows would mean nothing, and SFT would have to raise it above every other token first.
+    """
+    if not spelled:
         return model
+    n_ids = n_known + len(spelled)
     state = model.state_dict()
     n_rows = max(n_ids, model.config.vocab_size)
     config = replace(model.config, vocab_size=n_rows)
     for name in TABLES:
         if name in state:
-            state[name] = grown(state[name], n_known=n_known, n_ids=n_ids, n_rows=n_rows)
+            state[name] = grown(state[name], n_known=n_known, spelled=spelled, n_rows=n_rows)
     with torch.device("meta"):
         larger = Transformer(config, dtype=model.dtype)
     larger.load_state_dict(state, assign=True)
@@ -89,8 +96,9 @@ def with_rows(model: Transformer, *, n_known: int, n_ids: int) -> Transformer:
     return larger.requires_grad_(True)
 
 
-def grown(table_VD: Tensor, *, n_known: int, n_ids: int, n_rows: int) -> Tensor:
+def grown(table_VD: Tensor, *, n_known: int, spelled: list[list[int]], n_rows: int) -> Tensor:
     out_VD = table_VD.new_zeros(n_rows, table_VD.shape[1])
     out_VD[: len(table_VD)] = table_VD
-    out_VD[n_known:n_ids] = table_VD[:n_known].mean(0)
+    for row, ids in enumerate(spelled, start=n_known):
+        out_VD[row] = table_VD[ids].mean(0)
     return out_VD
