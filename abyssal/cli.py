@@ -48,7 +48,8 @@ class ChatOptions:
     max_tokens: int = 256
     seed: int = 0
     thinking: Literal["auto", "on", "off"] = "auto"  # auto: the model decides
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and products: bfloat16 takes half the memory
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None  # of products; FP32, or auto with weights in few bits
+    weights: Literal["compute", "fp8", "int8", "int4"] = "compute"  # compute: in the type of products
     raw: bool = False  # continue the prompt as it stands, its control tokens included, without the chat template
 
 
@@ -110,6 +111,7 @@ def chat(arguments: list[str]) -> None:
         prompt=options.prompt,
         console=Console(),
         dtype=options.dtype,
+        weights=options.weights,
         raw=options.raw,
     )
 

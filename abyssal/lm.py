@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from abyssal.checkpoint.load import OnBytes, load_checkpoint
+from abyssal.checkpoint.load import FORMATS, OnBytes, Weights, load_checkpoint
 from abyssal.engine.engine import Engine
 from abyssal.model.transformer import Transformer
 from abyssal.tokens.chat import ThinkingMode, parse, render
@@ -110,17 +110,21 @@ class LM:
 def load(
     directory: str | Path,
     *,
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str = "auto",
+    weights: Weights = "compute",
     invariant: bool = False,
     on_bytes: OnBytes | None = None,
 ) -> LM:
     """The model in a Hugging Face directory, ready to generate. Opens weights, config and tokenizer, nothing else.
 
-    `invariant`: an answer is the same to the last bit whatever else is asked, before or at the same time; slower.
-    `on_bytes` is called with the bytes read and the bytes in all.
+    `weights`: in the type that is computed in, or "fp8", "int8", "int4", which take less memory. `dtype` is FP32 unless
+    given; with weights in few bits it is "auto", the fastest here. `invariant`: an answer is the same to the last bit
+    whatever else is asked, before or at the same time; slower. `on_bytes` is called with the bytes read and the bytes
+    in all.
     """
-    loaded = load_checkpoint(directory, dtype=dtype, device=device, weights="compute", on_bytes=on_bytes)
+    dtype = dtype or ("auto" if weights in FORMATS else "float32")
+    loaded = load_checkpoint(directory, dtype=dtype, device=device, weights=weights, on_bytes=on_bytes)
     if loaded.tokenizer is None:
         raise FileNotFoundError(f"{directory} has no tokenizer.json: copy the model's tokenizer files into it")
     return LM(loaded.model, loaded.tokenizer, invariant=invariant)

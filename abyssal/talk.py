@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from abyssal.checkpoint.load import Weights
 from abyssal.lm import LM, load
 from abyssal.progress import bytes_bar
 from abyssal.tokens.bpe import END_THINK, THINK
@@ -22,7 +23,8 @@ def talk(
     thinking: ThinkingMode,
     prompt: str | None,
     console: Console,
-    dtype: str = "float32",
+    dtype: str | None = None,
+    weights: Weights = "compute",
     raw: bool = False,
 ) -> None:
     """Answer `prompt` and return, or read questions until an empty line or the end of input. /new starts over.
@@ -32,7 +34,7 @@ def talk(
     if raw and prompt is None:
         raise ValueError("--raw continues a text, not a conversation; give the text with --prompt")
     with bytes_bar(f"loading {directory}", console) as on_bytes:
-        lm = load(directory, dtype=dtype, on_bytes=on_bytes)
+        lm = load(directory, dtype=dtype, weights=weights, on_bytes=on_bytes)
     if raw and prompt is not None:
         spoken(lm, lm.prompt_ids(prompt, raw=True), params=params, in_thought=False, console=console)
         return

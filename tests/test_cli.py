@@ -188,8 +188,9 @@ def test_sampling_settings_that_make_no_sense(checkpoint, fails):
     assert "max_tokens=0" in fails("chat", checkpoint, "--prompt", "x", "--max-tokens", "0")
 
 
-def test_a_prompt_is_answered_and_that_is_all(checkpoint, capsys):
-    assert cli.dispatch(["chat", str(checkpoint), "--prompt", "one plus", "--max-tokens", "5"]) == 0
+@pytest.mark.parametrize("how", [[], ["--weights", "int4"]])
+def test_a_prompt_is_answered_and_that_is_all(how, checkpoint, capsys):
+    assert cli.dispatch(["chat", str(checkpoint), "--prompt", "one plus", "--max-tokens", "5", *how]) == 0
     said = capsys.readouterr()
     assert said.out.strip() and said.err == ""
 

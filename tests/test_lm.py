@@ -55,6 +55,17 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(directory: Path, l
     assert (rough - exact).abs().mean() < 0.1 * exact.std()
 
 
+def test_weights_in_few_bits_answer_nearly_the_same(directory: Path, lm: LM):
+    """And in BF16, whose rows the int4 kernel takes; what is computed in FP32 says so."""
+    exact = lm.logits([[1, 2, 3]])
+    for weights, dtype in (("int8", torch.float32), ("int4", torch.bfloat16)):
+        few = abyssal.load(directory, weights=weights, dtype=str(dtype).removeprefix("torch."))
+        assert few.model.dtype == dtype
+        assert 0 < (few.logits([[1, 2, 3]]) - exact).abs().mean() < 0.3 * exact.std()
+        assert few.generate("one", SamplingParams(max_tokens=4, temperature=0.0))[0].finish_reason == "length"
+    assert abyssal.load(directory, weights="int4").model.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("ids", [[[0, 10**6]], [[-1, 0]], [1, 2, 3]])
 def test_ids_that_are_none_are_refused(lm: LM, ids: list):
     with pytest.raises(ValueError, match=r"must lie in|give rows of ids"):

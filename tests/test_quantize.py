@@ -120,4 +120,5 @@ def test_packing_two_in_a_byte_is_lossless_for_all_sixteen_codes():
 
 @pytest.mark.parametrize(("columns", "group"), [(7168, 128), (576, 64), (96, 32), (48, 16), (100, 128)])
 def test_groups_divide_the_columns_where_they_can(columns: int, group: int):
-    assert group_of(columns) == group
+    assert group_of("int4", columns) == group and group_of("fp8", columns) == 128
+    assert quantize(torch.ones(1, columns), "int8").scales.shape == (1, -(-columns // group))

@@ -21,17 +21,27 @@ from abyssal.checkpoint.safetensors_header import REAL_TYPES, TORCH_TYPES
 from abyssal.checkpoint.source import Source, open_checkpoint
 from abyssal.checkpoint.strict_json import one_line
 from abyssal.checkpoint.tensor_info import TensorInfo
-from abyssal.checkpoint.tensor_names import DERIVED, official_views, shared_copies
+from abyssal.checkpoint.tensor_names import (
+    DERIVED,
+    IN_FEW_BITS,
+    official_slots,
+    official_views,
+    plain_views,
+    shared_copies,
+)
+from abyssal.kernels.quantize import QuantFormat, Quantized, dequantize, quantize
 from abyssal.machine import Precision, compute_dtype, resolve_device
 from abyssal.model.config import DTYPES, ModelConfig
+from abyssal.model.quantized import quantize_layers
 from abyssal.model.rope import rope_frequencies
 from abyssal.model.transformer import Transformer
 from abyssal.tokens.tokenizer import Tokenizer
 
 ROWS = 8192  # of a table compared at a time
 
-Weights = Literal["master", "compute"]
+Weights = Literal["master", "compute", "fp8", "int8", "int4"]
 OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
+FORMATS: dict[str, QuantFormat] = {"fp8": "fp8", "int8": "int8", "int4": "int4"}
 
 
 class Loaded(NamedTuple):
@@ -51,20 +61,25 @@ def load_checkpoint(
     """The model, computing in `dtype`, its tokenizer if there is one, and its config.
 
     `dtype="auto"` is BF16 where the hardware multiplies it, else FP32. `weights`: FP32 masters, to train on, or already
-    cast to the compute type, to generate with, which a BF16 checkpoint needs no more memory for than it has bytes.
-    `on_bytes` is told how far reading is.
+    cast to the compute type, to generate with, which a BF16 checkpoint needs no more memory for than it has bytes; or
+    rounded to fp8, int8 or int4 as they come, those that are stored so as they are. `on_bytes` is told how far reading
+    is.
     """
-    target = resolve_device(device)
+    target, format = resolve_device(device), FORMATS.get(weights)
+    if dtype == "auto" and format == "int4" and target.type == "cpu":
+        dtype = "bfloat16"  # the int4 kernel's type, also where other products are slow in it
     computes_in = _dtype(dtype, target)
     source = open_checkpoint(path)
     model = meta_model(source.config, len(source.tensors), path=source.path, dtype=computes_in)
-    if weights == "compute":
+    if weights != "master":
         model.cast_weights()
     check_tensors(source, {name: tuple(view.shape) for name, view in official_views(model).items()})
+    if format is not None:
+        quantize_layers(model, format)
     tokenizer = source.tokenizer()
     model.to_empty(device=target)
     model.rope_frequencies.copy_(rope_frequencies(source.config))
-    _read_weights(source, model, on_bytes)
+    _read_weights(source, model, format, on_bytes)
     return Loaded(model, tokenizer, source.config)
 
 
@@ -129,17 +144,23 @@ def _copies_on_disk(config: ModelConfig) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _read_weights(source: Source, model: Transformer, on_bytes: OnBytes | None) -> None:
-    views = official_views(model)
+def _read_weights(source: Source, model: Transformer, format: QuantFormat | None, on_bytes: OnBytes | None) -> None:
+    views, slots, device = plain_views(model), official_slots(model), model.embed_tokens.weight.device
     copies = {name: main for name, main in _copies_on_disk(model.config).items() if name in source.tensors}
-    n_done, n_all = 0, sum(view.nbytes for view in views.values()) + sum(views[main].nbytes for main in copies.values())
+    sizes = {name: view.nbytes for name, view in views.items()} | {name: slot.n_bytes for name, slot in slots.items()}
+    n_done, n_all = 0, sum(sizes.values()) + sum(sizes[main] for main in copies.values())
     later = []  # a copy may lie before its original
     for name in source.tensors:
         if name in copies:
             later.append(name)
-        elif name in views:
-            views[name].copy_(source.read(name))
-            n_done += views[name].nbytes
+        elif name in sizes:
+            if format is None or not IN_FEW_BITS.search(name):
+                views[name].copy_(source.read(name))
+            elif name in slots:
+                slots[name].put(read_rounded(source, name, format).to(device))
+            else:
+                views[name].copy_(dequantize(read_rounded(source, name, format), model.dtype))
+            n_done += sizes[name]
             if on_bytes is not None:
                 on_bytes(n_done, n_all)
     for name in later:
@@ -149,6 +170,12 @@ def _read_weights(source: Source, model: Transformer, on_bytes: OnBytes | None) 
         n_done += original.nbytes
         if on_bytes is not None:
             on_bytes(n_done, n_all)
+
+
+def read_rounded(source: Source, name: str, format: QuantFormat) -> Quantized:
+    """A matrix in few bits: as it is stored, or rounded here."""
+    stored = source.read_quantized(name)
+    return stored if stored is not None and stored.format == format else quantize(source.read(name), format)
 
 
 def _equal(stored: Tensor, original: Tensor) -> bool:

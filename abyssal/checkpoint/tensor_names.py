@@ -8,20 +8,68 @@ Letters: E experts, F expert width, D width.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from abyssal.kernels.quantize import Quantized
 from abyssal.model.config import ModelConfig
+from abyssal.model.quantized import QuantizedExperts, QuantizedLinear, QuantizedStack, format_of
 from abyssal.model.transformer import Transformer
 
 # Llama checkpoints of 2023 carry their rotary table; it follows from config.json and is never a weight
 DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
+# The linears of a block, experts too: what DeepSeek publishes in FP8. Not embedding, head, norms, router and eh_proj.
+IN_FEW_BITS = re.compile(r"\.(self_attn|mlp)\.(\w+\.)*\w+_proj(_with_mqa)?\.weight$")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one matrix of a quantised model belongs."""
+
+    stack: QuantizedStack
+    index: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the codes alone."""
+        return self.stack.n_weights // self.stack.n // (2 if self.stack.format == "int4" else 1)
+
+    def put(self, weight: Quantized) -> None:
+        self.stack.put(self.index, weight)
+
+
+def official_slots(model: Transformer) -> dict[str, Slot]:
+    """Official name -> place of a matrix in few bits; empty for a model of plain numbers."""
+    slots: dict[str, Slot] = {}
+    n_layers = model.config.num_hidden_layers
+    for ours, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            slots[_official_name(f"{ours}.weight", n_layers=n_layers)] = Slot(module.weight_stack, 0)
+        elif isinstance(module, QuantizedExperts):
+            for kind, stack in module.stacks().items():
+                for expert in range(stack.n):
+                    slots[_official_name(f"{ours}.{expert}.{kind}.weight", n_layers=n_layers)] = Slot(stack, expert)
+    return slots
 
 
 def official_views(model: Transformer) -> dict[str, Tensor]:
     """Official name -> view of the model's own tensor (no copies)."""
+    if format := format_of(model):
+        raise ValueError(
+            f"a model in {format} has no numbers to save or train on; load it with weights='master', or write few bits "
+            f"with: abyssal export DIR --to {format}"
+        )
+    return plain_views(model)
+
+
+def plain_views(model: Transformer) -> dict[str, Tensor]:
+    """Those of `official_views` that stand there as numbers, of a quantised model too."""
     views: dict[str, Tensor] = {}
+    few_bits = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, QuantizedStack))
     for ours, tensor in model.state_dict().items():
+        if ours.startswith(few_bits):
+            continue
         name = _official_name(ours, n_layers=model.config.num_hidden_layers)
         if name.endswith(".experts.gate_up_proj"):
             prefix = name.removesuffix("gate_up_proj")

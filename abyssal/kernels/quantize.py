@@ -7,7 +7,7 @@ Letters: O rows out, I columns in, R rows of blocks, G groups or blocks of colum
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -36,24 +36,18 @@ class Quantized:
     shape: tuple[int, int]
     group: int = BLOCK
 
-
-def group_of(columns: int) -> int:
-    """128, or the largest of 64, 32 and 16 that leaves no ragged group: other readers of integer formats know none."""
-    return next((group for group in (128, 64, 32, 16) if columns % group == 0), BLOCK)
+    def to(self, device: torch.device) -> Quantized:
+        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device))
 
 
-def code_shape(format: QuantFormat, shape: tuple[int, int]) -> tuple[int, int]:
-    rows, columns = shape
-    return (rows, (columns + 1) // 2) if format == "int4" else (rows, columns)
-
-
-def scale_shape(format: QuantFormat, shape: tuple[int, int], group: int) -> tuple[int, int]:
-    rows, columns = shape
-    return (-(-rows // BLOCK) if format == "fp8" else rows, -(-columns // group))
+def group_of(format: QuantFormat, columns: int) -> int:
+    """Columns of a group: 128, or the largest of 64, 32 and 16 that leaves no ragged one, which other readers of
+    integer formats do not know. FP8's blocks may be ragged."""
+    return next((group for group in (128, 64, 32, 16) if columns % group == 0 and format != "fp8"), BLOCK)
 
 
 def quantize(
-    weight_OI: Tensor, format: QuantFormat, *, group: int = BLOCK, scale_format: ScaleFormat = "fp32"
+    weight_OI: Tensor, format: QuantFormat, *, group: int | None = None, scale_format: ScaleFormat = "fp32"
 ) -> Quantized:
     """The nearest codes. A ragged last block or group is filled up with zeros for its scale, which changes nothing.
 
@@ -61,6 +55,7 @@ def quantize(
     FP8's: "ue8m0" rounds its scales up to a power of two.
     """
     rows, columns = weight_OI.shape
+    group = group or group_of(format, columns)
     padded_OI = F.pad(weight_OI.float(), (0, -columns % group, 0, -rows % BLOCK if format == "fp8" else 0))
     if format == "fp8":
         blocks_RBGK = padded_OI.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
@@ -90,10 +85,11 @@ def scale_of(amax: Tensor, format: QuantFormat, scale_format: ScaleFormat = "fp3
 
 
 def quantize_ref(
-    weight_OI: Tensor, format: QuantFormat, *, group: int = BLOCK, scale_format: ScaleFormat = "fp32"
+    weight_OI: Tensor, format: QuantFormat, *, group: int | None = None, scale_format: ScaleFormat = "fp32"
 ) -> Quantized:
     """The same, block by block."""
     rows, columns = weight_OI.shape
+    group = group or group_of(format, columns)
     high, wide = (BLOCK, BLOCK) if format == "fp8" else (1, group)
     codes_OI = torch.empty(rows, columns, dtype=torch.float8_e4m3fn if format == "fp8" else torch.int8)
     scale_type = torch.float32 if format == "fp8" else torch.bfloat16

@@ -23,6 +23,7 @@ from abyssal.model.linear import Linear, RMSNorm
 from abyssal.model.mla import MLA
 from abyssal.model.moe import DenseFFN, Experts, Gate, Routing
 from abyssal.model.mtp import MtpModule
+from abyssal.model.quantized import QuantizedExperts, weight_counts
 from abyssal.model.rope import rope_amplitude, rope_frequencies, rope_tables
 
 CAST_AT_USE = (Linear, Experts, nn.Embedding)  # modules that cast their weights to the compute type
@@ -169,7 +170,7 @@ class Transformer(nn.Module):
             taken = {key: nn.Parameter(p.to(self.dtype), requires_grad=False) for key, p in masters.items()}
         model = copy.deepcopy(self, dict(taken))  # what is in `taken` is not copied: no second set of masters
         for module in model.modules():
-            if isinstance(module, (MLA, GQA, DenseFFN, Gate, Experts)):
+            if isinstance(module, (MLA, GQA, DenseFFN, Gate, Experts, QuantizedExperts)):
                 module.invariant = invariant
         return model if self.is_cast else model.requires_grad_(False)
 
@@ -181,11 +182,11 @@ def count_parameters(model: Transformer) -> tuple[int, int]:
     671,026,419,200 and 36,625,618,432 they are 14,848).
     """
     config = model.config
-    main = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp.")}
-    total = sum(tensor.numel() for tensor in main.values())
+    main = {name: n for name, n in weight_counts(model).items() if not name.startswith("mtp.")}
+    total = sum(main.values())
     idle = 0
     if config.feed_forward == "moe":
-        routed = sum(tensor.numel() for name, tensor in main.items() if ".experts." in name)
+        routed = sum(n for name, n in main.items() if ".experts." in name)
         idle = routed - routed * config.num_experts_per_tok // config.n_routed_experts
     embedding = 0 if config.tie_word_embeddings else model.embed_tokens.weight.numel()
     return total, total - idle - embedding
@@ -193,7 +194,7 @@ def count_parameters(model: Transformer) -> tuple[int, int]:
 
 def count_mtp_parameters(model: Transformer) -> int:
     """What MTP modules have to themselves; embedding and head, which files repeat for them, are the main model's."""
-    return sum(tensor.numel() for tensor in model.mtp.state_dict().values())
+    return sum(weight_counts(model.mtp).values())
 
 
 def default_init_range(hidden_size: int) -> float:
