@@ -98,10 +98,25 @@ def test_many_answers_keep_their_own_values_however_they_are_packed():
     assert int(answers.batch.mask_BT.sum()) == sum(len(r.completion.ids) for r in rollouts)
 
 
+def test_a_part_of_the_rows_is_as_wide_as_its_longest_needs():
+    """Answers of 20, 12 and 5 tokens, prompts included: the second and third share a row, or stand alone."""
+    rollouts = [rollout([1] * 10, [2] * 10), rollout([3] * 4, [4] * 8, [-0.5] * 8), rollout([5, 6], [7, 8, 9])]
+    answers = packed(rollouts, [1.0, 2.0, 3.0], row_len=0)
+    assert answers.batch.ids_BT.shape == (2, 24)  # the longest, in eights
+    assert answers.lengths_B.tolist() == [20, 17]
+    alone = packed(rollouts[1:], [2.0, 3.0], row_len=14)
+    assert alone.rows(torch.tensor([1, 0])).batch.ids_BT.shape == (2, 14)  # never wider than they were
+    short = alone.rows(torch.tensor([1]))
+    assert short.batch.ids_BT.tolist() == [[5, 6, 7, 8, 9, 0, 0, 0]]
+    for tensor in (short.batch.mask_BT, short.batch.segments_BT, short.drawn_logp_BT, short.advantage_BT):
+        assert tensor is not None and tensor.shape == (1, 8)
+    assert short.advantage_BT[0].tolist() == [0, 0, 3, 3, 3, 0, 0, 0]
+
+
 def test_an_answer_longer_than_a_row_makes_the_rows_longer():
     """Half-way through a run is too late to learn that one answer did not fit."""
-    answers = packed([rollout([1] * 5, [2] * 9), rollout([1], [2])], [1.0, -1.0], row_len=8)
-    assert answers.batch.ids_BT.shape == (2, 14) and int(answers.batch.mask_BT.sum()) == 10
+    answers = packed([rollout([1] * 5, [2] * 9), rollout([1], [2, 3])], [1.0, -1.0], row_len=8)
+    assert answers.batch.ids_BT.shape == (2, 16) and int(answers.batch.mask_BT.sum()) == 11
 
 
 def test_packing_changes_no_log_probability():
@@ -298,11 +313,10 @@ def test_ids_beyond_the_tokenizers_are_neither_drawn_nor_trained():
 
 
 def test_kept_ids_stand_at_their_tokens():
-    """Answers of two tokens and of one, in rows 1 and 0."""
-    kept = Kept(torch.tensor([3, 5, 4, 0, 1, 2]), start_BT=torch.tensor([[0, 0, 3], [0, 2, 0]]),
-                count_BT=torch.tensor([[0, 0, 3], [2, 1, 0]]))  # fmt: skip
-    target_BT = torch.tensor([[False, False, True], [True, True, False]])
-    mask_NV = kept.mask(torch.tensor([1, 0]), target_BT[[1, 0]], 6)
+    """Answers of two tokens and of one."""
+    kept = Kept(torch.tensor([3, 5, 4, 0, 1, 2]), start_BT=torch.tensor([[0, 2, 0], [0, 0, 3]]),
+                count_BT=torch.tensor([[2, 1, 0], [0, 0, 3]]))  # fmt: skip
+    mask_NV = kept.mask(torch.tensor([[True, True, False], [False, False, True]]), 6)
     assert [row.nonzero()[:, 0].tolist() for row in mask_NV] == [[3, 5], [4], [0, 1, 2]]
 
 

@@ -1,7 +1,7 @@
 """What every attention layer is told about its batch, and the masked softmax they share. Owns no weights.
 
 Letters: B batch, T query tokens, S key tokens, H heads, G key-value heads, X query heads of each, R rotary width,
-Q query/key head width, V value head width; J tiles of L keys, M queries of a tile's product (T x X), Z products.
+Q query/key head width, V value head width; M queries of one product (T x X); J tiles of L keys, Z products.
 """
 
 from __future__ import annotations
@@ -49,39 +49,60 @@ def core_dtype(x: Tensor, *, invariant: bool = False) -> torch.dtype:
     return torch.float32 if invariant else x.dtype
 
 
-def attend(q_BTHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, mask_BTS: Tensor | None, *, scale: float) -> Tensor:
-    """Softmax attention, (B, T, H, V), in whichever form is faster for the shape and the machine."""
-    short = q_BTHQ.shape[1] * k_BSHQ.shape[1] <= SHORT
+def attend(
+    q_BTHQ: Tensor, k_BSGQ: Tensor, v_BSGV: Tensor, mask_BTS: Tensor | None, *, scale: float, core: torch.dtype
+) -> Tensor:
+    """Softmax attention, (B, T, H, V) in the type `core`, in whichever form is faster for the shape and the machine."""
+    short = q_BTHQ.shape[1] * k_BSGQ.shape[1] <= SHORT
     if short and not q_BTHQ.is_cuda:
-        return attend_ref(q_BTHQ, k_BSHQ, v_BSHV, mask_BTS, scale=scale)
+        return attend_written_out(q_BTHQ, k_BSGQ, v_BSGV, mask_BTS, scale=scale, core=core)
     # values are padded to the key width: torch's fused kernels want equal widths
-    value_width = v_BSHV.shape[-1]
+    value_width = v_BSGV.shape[-1]
     missing = q_BTHQ.shape[-1] - value_width
-    v_BSHV = F.pad(v_BSHV, (0, missing)) if missing > 0 else v_BSHV
+    v_BSGV = F.pad(v_BSGV, (0, missing)) if missing > 0 else v_BSGV
     mask = None if mask_BTS is None else mask_BTS[:, None]
     out_BHTV = F.scaled_dot_product_attention(
-        q_BTHQ.transpose(1, 2),
-        k_BSHQ.transpose(1, 2),
-        v_BSHV.transpose(1, 2),
+        q_BTHQ.transpose(1, 2).to(core),
+        k_BSGQ.transpose(1, 2).to(core),
+        v_BSGV.transpose(1, 2).to(core),
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,
-        enable_gqa=q_BTHQ.shape[2] != k_BSHQ.shape[2],
+        enable_gqa=q_BTHQ.shape[2] != k_BSGQ.shape[2],
     )
     return out_BHTV.transpose(1, 2)[..., :value_width]
 
 
-def attend_ref(q_BTHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, mask_BTS: Tensor | None, *, scale: float) -> Tensor:
-    """The same, every score written out; softmax in FP32."""
-    groups = q_BTHQ.shape[2] // k_BSHQ.shape[2]
-    if groups > 1:
-        k_BSHQ, v_BSHV = k_BSHQ.repeat_interleave(groups, dim=2), v_BSHV.repeat_interleave(groups, dim=2)
-    q_BHTQ, k_BHSQ, v_BHSV = (x.transpose(1, 2) for x in (q_BTHQ * scale, k_BSHQ, v_BSHV))
+def attend_written_out(
+    q_BTHQ: Tensor, k_BSGQ: Tensor, v_BSGV: Tensor, mask_BTS: Tensor | None, *, scale: float, core: torch.dtype
+) -> Tensor:
+    """The same by plain products. Queries that share a key-value head meet its keys in one product, so that keys and
+    values are moved once: cast and laid out head by head in one go, repeated for no head."""
+    (_, n_tokens, n_heads, _), n_groups = q_BTHQ.shape, k_BSGQ.shape[2]
+    k_BGSQ, v_BGSV = _head_by_head(k_BSGQ, core), _head_by_head(v_BSGV, core)
+    q_BGMQ = (_head_by_head(q_BTHQ, core) * scale).unflatten(1, (n_groups, -1)).flatten(2, 3)
+    scores_BHTS = (q_BGMQ @ k_BGSQ.transpose(2, 3)).view(len(q_BTHQ), n_heads, n_tokens, -1)
     if mask_BTS is None:
-        mask_BTS = torch.ones(q_BHTQ.shape[2], k_BHSQ.shape[2], dtype=torch.bool, device=q_BHTQ.device).tril()[None]
-    bias_BTS = torch.where(mask_BTS, 0.0, float("-inf")).to(q_BHTQ.dtype)
-    scores_BHTS = q_BHTQ @ k_BHSQ.transpose(2, 3) + bias_BTS[:, None]
-    return (scores_BHTS.softmax(-1) @ v_BHSV).transpose(1, 2)  # torch sums a BF16 softmax in FP32 and rounds once
+        mask_BTS = torch.ones(scores_BHTS.shape[2:], dtype=torch.bool, device=q_BTHQ.device).tril()[None]
+    scores_BHTS += torch.where(mask_BTS, 0.0, float("-inf")).to(core)[:, None]
+    weights_BGMS = scores_BHTS.softmax(-1).view(*q_BGMQ.shape[:3], -1)  # torch sums a BF16 softmax in FP32, rounds once
+    return (weights_BGMS @ v_BGSV).view(len(q_BTHQ), n_heads, n_tokens, -1).transpose(1, 2)
+
+
+def _head_by_head(x_BSGQ: Tensor, core: torch.dtype) -> Tensor:
+    """(B, S, G, Q) -> (B, G, S, Q), laid out so, in one pass over memory."""
+    return x_BSGQ.transpose(1, 2).to(core, memory_format=torch.contiguous_format).contiguous()
+
+
+def attend_ref(q_BTHQ: Tensor, k_BSGQ: Tensor, v_BSGV: Tensor, mask_BTS: Tensor | None, *, scale: float) -> Tensor:
+    """The plain twin: every head by itself, in the type of its inputs."""
+    groups = q_BTHQ.shape[2] // k_BSGQ.shape[2]
+    k_BSHQ, v_BSHV = k_BSGQ.repeat_interleave(groups, dim=2), v_BSGV.repeat_interleave(groups, dim=2)
+    scores_BHTS = torch.einsum("bthq,bshq->bhts", q_BTHQ * scale, k_BSHQ)
+    if mask_BTS is None:
+        mask_BTS = torch.ones(scores_BHTS.shape[2:], dtype=torch.bool, device=q_BTHQ.device).tril()[None]
+    weights_BHTS = scores_BHTS.masked_fill(~mask_BTS[:, None], float("-inf")).softmax(-1)
+    return torch.einsum("bhts,bshv->bthv", weights_BHTS, v_BSHV)
 
 
 def attend_in_tiles(q_BTHQ: Tensor, k_BSGQ: Tensor, v_BSGV: Tensor, mask_BTS: Tensor, *, scale: float) -> Tensor:

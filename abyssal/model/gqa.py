@@ -42,10 +42,10 @@ class GQA(nn.Module):
             entries = context.cache.update(self.layer, torch.cat((k_BSGQ, v_BSGQ), dim=2).flatten(2))
             k_BSGQ, v_BSGQ = entries.unflatten(-1, heads).chunk(2, dim=2)
         core, scale = core_dtype(x_BTD, invariant=self.invariant), self.config.softmax_scale
-        q_BTHQ, k_BSGQ, v_BSGQ = q_BTHQ.to(core), k_BSGQ.to(core), v_BSGQ.to(core)
         if self.invariant:
             assert context.mask_BTS is not None, "invariant attention reads from a cache"
+            q_BTHQ, k_BSGQ, v_BSGQ = q_BTHQ.to(core), k_BSGQ.to(core), v_BSGQ.to(core)
             out_BTHQ = attend_in_tiles(q_BTHQ, k_BSGQ, v_BSGQ, context.mask_BTS, scale=scale)
         else:
-            out_BTHQ = attend(q_BTHQ, k_BSGQ, v_BSGQ, context.mask_BTS, scale=scale)
+            out_BTHQ = attend(q_BTHQ, k_BSGQ, v_BSGQ, context.mask_BTS, scale=scale, core=core)
         return self.o_proj(out_BTHQ.to(x_BTD.dtype).flatten(2))

@@ -80,7 +80,7 @@ class MLA(nn.Module):
         k_rope_BSHR = k_rope_BSR[:, :, None].expand(-1, -1, config.num_attention_heads, -1)
         q_BTHQ = torch.cat((q_nope_BTHN, q_rope_BTHR), dim=-1)
         k_BSHQ = torch.cat((k_nope_BSHN, k_rope_BSHR), dim=-1)
-        return attend(q_BTHQ, k_BSHQ, v_BSHV, mask_BTS, scale=config.softmax_scale)
+        return attend(q_BTHQ, k_BSHQ, v_BSHV, mask_BTS, scale=config.softmax_scale, core=q_BTHQ.dtype)
 
     def absorbed(
         self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, entries_BSW: Tensor, mask_BTS: Tensor | None

@@ -52,7 +52,7 @@ class OnPolicyConfig:
     warmup: int = 3
     clip: float = 1.0
     mtp_weight: float = 0.1  # of a student that has MTP modules; its gradient stops at them
-    row_len: int = 256
+    row_len: int = 0  # of packed answers; 0: as long as the longest, which leaves attention the least to do
     rows_per_pass: int = 16
     eval_every: int = 10
     eval_problems: int = 100

@@ -9,7 +9,7 @@ vocabulary, M MoE layers, K chosen experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -69,6 +69,7 @@ class AnswerBatch:
 
     `drawn_logp_BT` are the engine's log-probs under the distribution it drew from: at `temperature`, over the `kept`
     ids of the first `vocab_size`. `experts_BTMK` int16 are those it chose at each token it computed, -1 elsewhere.
+    `old_logp_BT` are the trainer's own before the first step, where several steps weigh them.
     """
 
     batch: Batch  # mask_BT is True on answer tokens
@@ -80,6 +81,35 @@ class AnswerBatch:
     temperature: float = 1.0
     kept: Kept | None = None
     vocab_size: int | None = None
+    old_logp_BT: Tensor | None = None
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """Tokens of each row; behind them is padding."""
+        assert self.batch.segments_BT is not None, "answers are packed so that they cannot see each other"
+        return (self.batch.segments_BT > 0).sum(1)
+
+    def rows(self, rows: Tensor) -> AnswerBatch:
+        """Some of its rows, as wide as the longest of them needs."""
+        width = _in_eights(int(self.lengths_B[rows].max()))
+
+        def cut(x: Tensor) -> Tensor:
+            return x[rows, :width]
+
+        return replace(
+            self,
+            batch=Batch(*(None if x is None else cut(x) for x in self.batch)),  # type: ignore[arg-type]
+            drawn_logp_BT=cut(self.drawn_logp_BT),
+            advantage_BT=cut(self.advantage_BT),
+            answer_BT=cut(self.answer_BT),
+            experts_BTMK=None if self.experts_BTMK is None else cut(self.experts_BTMK),
+            kept=None if self.kept is None else Kept(self.kept.ids_X, cut(self.kept.start_BT), cut(self.kept.count_BT)),
+            old_logp_BT=None if self.old_logp_BT is None else cut(self.old_logp_BT),
+        )
+
+
+def _in_eights(n_tokens: int) -> int:
+    return -(-n_tokens // 8) * 8  # FP32 products give a row the same bits where rows come in fours
 
 
 def answer_batch(
@@ -91,7 +121,7 @@ def answer_batch(
     device: torch.device,
     vocab_size: int | None = None,
 ) -> AnswerBatch:
-    """Pack each prompt and its answer so that rows share nothing but their length: `row_len`, or the longest's."""
+    """Pack each prompt and its answer so that they share nothing but a row, of `row_len` or as the longest needs."""
     completions = [r.completion for r in rollouts]
     examples = [
         Example(
@@ -101,7 +131,7 @@ def answer_batch(
         for c in completions
     ]
     longest = max(len(example.ids) for example in examples)
-    packed = pack_isolated(examples, row_len=max(row_len, longest), pad_id=pad_id)
+    packed = pack_isolated(examples, row_len=row_len if longest <= row_len else _in_eights(longest), pad_id=pad_id)
     n_rows, width = packed.ids_BT.shape
     drawn_logp, advantage = (np.zeros((n_rows, width), dtype=np.float32) for _ in range(2))
     answer = np.zeros((n_rows, width), dtype=np.int64)
@@ -143,14 +173,15 @@ def update_policy(
             "router_replay=true, but the answers carry no experts; build the engine with record_experts=True, or set "
             "router_replay=false"
         )
-    order = torch.randperm(len(answers.batch.ids_BT), generator=shuffle)
+    order, lengths_B = torch.randperm(len(answers.batch.ids_BT), generator=shuffle), answers.lengths_B.cpu()
     totals: dict[str, float] = {}
     loads: list[list[Tensor]] = []  # of each piece, one (E,) a layer
-    chunks = [chunk for chunk in order.chunk(config.minibatches) if len(chunk)]
-    old_logp_BT = None
+    # rows of like length are computed together, so that little of it is padding
+    chunks = [chunk[lengths_B[chunk].argsort(stable=True)] for chunk in order.chunk(config.minibatches) if len(chunk)]
     if config.importance_cap > 0 and len(chunks) > 1:  # with one step, what it computes is what was before it
         pieces = [piece for rows in chunks for piece in rows.split(rows_per_pass)]
         old_logp_BT = _logp_before(state.model, answers, pieces, replay=config.router_replay)
+        answers = replace(answers, old_logp_BT=old_logp_BT)
     for rows in chunks:
         in_chunk = answers.batch.mask_BT[rows]
         n_answers = len(answers.answer_BT[rows][in_chunk].unique())
@@ -158,9 +189,7 @@ def update_policy(
         for piece in rows.split(rows_per_pass):
             metrics, piece_loads = _backward(
                 state.model,
-                answers,
-                piece,
-                old_logp_BT=old_logp_BT,
+                answers.rows(piece),
                 reference=reference,
                 config=config,
                 n_answers=n_answers,
@@ -194,32 +223,29 @@ def apart(model: Transformer) -> tuple[list[Tensor], list[Tensor]]:
 def _backward(
     model: Transformer,
     answers: AnswerBatch,
-    rows: Tensor,
     *,
-    old_logp_BT: Tensor | None,
     reference: Transformer | None,
     config: GrpoConfig,
     n_answers: int,
     n_tokens: int,
 ) -> tuple[dict[str, float], list[Tensor]]:
-    """Gradients of some rows, whose loss is already their share of the minibatch's mean; metrics and expert loads."""
-    piece = answers.batch.rows(rows)
-    target_BT = piece.mask_BT
+    """Gradients of these rows, whose loss is already their share of the minibatch's mean; metrics and expert loads."""
+    target_BT = answers.batch.mask_BT
     routings: list[Routing] = []
-    hidden_BTD, logits_NV, logp_N = _forward(model, answers, rows, replay=config.router_replay, routings=routings)
-    drawn_logp_N = old_logp_N = answers.drawn_logp_BT[rows][target_BT]
+    hidden_BTD, logits_NV, logp_N = _forward(model, answers, replay=config.router_replay, routings=routings)
+    drawn_logp_N = old_logp_N = answers.drawn_logp_BT[target_BT]
     if config.importance_cap > 0:
-        old_logp_N = logp_N.detach() if old_logp_BT is None else old_logp_BT[rows][target_BT]
+        old_logp_N = logp_N.detach() if answers.old_logp_BT is None else answers.old_logp_BT[target_BT]
     ref_logp_N = None
     if reference is not None:
         with torch.no_grad():
-            ref_logp_N = _forward(reference, answers, rows, replay=False).logp_N
+            ref_logp_N = _forward(reference, answers, replay=False).logp_N
     loss = grpo_loss(
         logp_N,
         old_logp_N=old_logp_N,
         ref_logp_N=ref_logp_N,
-        advantages_N=answers.advantage_BT[rows][target_BT],
-        answer_N=answers.answer_BT[rows][target_BT],
+        advantages_N=answers.advantage_BT[target_BT],
+        answer_N=answers.answer_BT[target_BT],
         n_answers=n_answers,
         n_all_answers=answers.n_answers,
         n_tokens=n_tokens,
@@ -246,10 +272,10 @@ def _backward(
         metrics["off_policy_share"] = float(loss.n_off_policy) / n_answers
     if config.mtp_weight > 0 and len(model.mtp):
         # only the module learns: the policy must move by its reward alone, yet drafts must follow it
-        mtp = mtp_loss(model, hidden_BTD.detach(), piece, None)
+        mtp = mtp_loss(model, hidden_BTD.detach(), answers.batch, None)
         (config.mtp_weight * share * mtp).backward(inputs=list(model.mtp.parameters()))
         metrics["mtp_loss"] = float(mtp.detach()) * share
-    return metrics, loads_of(model, routings, piece)
+    return metrics, loads_of(model, routings, answers.batch)
 
 
 class _Forward(NamedTuple):
@@ -261,26 +287,24 @@ class _Forward(NamedTuple):
 
 
 def _forward(
-    model: Transformer, answers: AnswerBatch, rows: Tensor, *, replay: bool, routings: list[Routing] | None = None
+    model: Transformer, answers: AnswerBatch, *, replay: bool, routings: list[Routing] | None = None
 ) -> _Forward:
-    """What the model says about the answer tokens of some rows, on the engine's experts or on its own."""
-    piece = answers.batch.rows(rows)
-    target_BT = piece.mask_BT
-    experts_BTMK = answers.experts_BTMK[rows].long() if replay and answers.experts_BTMK is not None else None
+    """What the model says about the answer tokens, on the engine's experts or on its own."""
+    batch, target_BT = answers.batch, answers.batch.mask_BT
     hidden_BTD = model.hidden(
-        piece.ids_BT,
-        positions_BT=piece.positions_BT,
-        segments_BT=piece.segments_BT,
+        batch.ids_BT,
+        positions_BT=batch.positions_BT,
+        segments_BT=batch.segments_BT,
         routings=routings,
-        experts_BTMK=experts_BTMK,
+        experts_BTMK=answers.experts_BTMK.long() if replay and answers.experts_BTMK is not None else None,
     )
     places_N = target_BT.flatten().nonzero()[:, 0] - 1  # the place before predicts; an answer never opens a row
     logits_NV = model.logits(hidden_BTD.flatten(0, 1).index_select(0, places_N))
     if answers.vocab_size is not None and answers.vocab_size < logits_NV.shape[1]:
         logits_NV = logits_NV[:, : answers.vocab_size]
-    kept_NV = None if answers.kept is None else answers.kept.mask(rows, target_BT, logits_NV.shape[1])
+    kept_NV = None if answers.kept is None else answers.kept.mask(target_BT, logits_NV.shape[1])
     policy_NV = sampled_logits(logits_NV, temperature=answers.temperature, kept_NV=kept_NV)
-    return _Forward(hidden_BTD, logits_NV, token_logprobs(policy_NV, piece.ids_BT[target_BT]))
+    return _Forward(hidden_BTD, logits_NV, token_logprobs(policy_NV, batch.ids_BT[target_BT]))
 
 
 @torch.no_grad()
@@ -288,7 +312,8 @@ def _logp_before(model: Transformer, answers: AnswerBatch, pieces: list[Tensor],
     """The trainer's own log-prob of each answer token before the first step, (B, T)."""
     logp_BT = torch.zeros_like(answers.drawn_logp_BT)
     for rows in pieces:
-        piece_BT = torch.zeros_like(logp_BT[rows])
-        piece_BT[answers.batch.mask_BT[rows]] = _forward(model, answers, rows, replay=replay).logp_N
-        logp_BT[rows] = piece_BT
+        piece = answers.rows(rows)
+        piece_BT = torch.zeros_like(piece.drawn_logp_BT)
+        piece_BT[piece.batch.mask_BT] = _forward(model, piece, replay=replay).logp_N
+        logp_BT[rows, : piece_BT.shape[1]] = piece_BT
     return logp_BT

@@ -60,7 +60,7 @@ class RlConfig:
     preference_clip: float = 3.0  # of each head's score, in deviations from the held-out mean
     dynamic_sampling: bool = False  # draw on until `problems` groups have both right and wrong answers (DAPO)
     reference_every: int = 400  # steps between refreshes of the KL reference (R1: 400)
-    row_len: int = 256
+    row_len: int = 0  # of packed answers; 0: as long as the longest, which leaves attention the least to do
     rows_per_pass: int = 16
     compare_answers: int = 32  # per step, recomputed by the trainer to measure the mismatch
     invariant: bool = False  # rollouts whose bits depend on no neighbour (engine/runner.py); slower

@@ -26,9 +26,9 @@ class Kept(NamedTuple):
     start_BT: Tensor
     count_BT: Tensor
 
-    def mask(self, rows: Tensor, target_BT: Tensor, n_vocab: int) -> Tensor:
-        """(N, V), True where an id was left, for the target tokens of some rows."""
-        start_N, count_N = self.start_BT[rows][target_BT], self.count_BT[rows][target_BT]
+    def mask(self, target_BT: Tensor, n_vocab: int) -> Tensor:
+        """(N, V), True where an id was left, for the target tokens."""
+        start_N, count_N = self.start_BT[target_BT], self.count_BT[target_BT]
         token_Y = torch.arange(len(count_N), device=count_N.device).repeat_interleave(count_N)
         before_N = count_N.cumsum(0) - count_N
         within_Y = torch.arange(len(token_Y), device=count_N.device) - before_N[token_Y]
