@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from abyssal.commands.checkpoint_path import resolve_checkpoint
+from abyssal.commands.import_checkpoint import import_checkpoint
 from abyssal.commands.options import parsed
 from abyssal.commands.preset_table import presets
 from abyssal.evals.page import write_report
@@ -33,6 +34,7 @@ abyssal: from raw text to a reasoning model
   abyssal STAGE RECIPE.toml [--section.key value ...] one stage: {" ".join(STAGES)}
   abyssal chat DIR [--prompt TEXT ...]                talk to a checkpoint, e.g. out/laptop/r1
   abyssal report RUN_DIR                              write RUN_DIR/report.html again
+  abyssal import DIR [--check]                        what a checkpoint is, and whether it would load
   abyssal presets [NAME]                              published shapes and their sizes; one as a config.json
 
 Add --help to any of them. runs/ holds recipes; every field of a recipe can be overridden on the command line.
@@ -118,6 +120,7 @@ def chat(arguments: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "chat": chat,
+    "import": import_checkpoint,
     "presets": presets,
 }
 

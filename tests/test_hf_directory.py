@@ -96,7 +96,7 @@ def test_a_tensor_in_two_shards_or_named_twice(sharded: Path):
 @pytest.mark.parametrize(("target", "said"), [
     ("../{}", "outside its directory"), ("./{}", "outside its directory"), ("/etc/passwd", "outside its directory"),
     ("..", "outside its directory"), ("", "run code"), ("a\0b", "outside its directory"),
-    ("a\nb", "outside its directory"), (5, "outside its directory"), ("pytorch_model.bin", "run code"),
+    ("a\nb", "outside its directory"), (5, "something else than names"), ("pytorch_model.bin", "run code"),
     ("gone.safetensors", "is missing")])
 def test_an_index_names_safetensors_beside_it_and_nothing_else(target: Any, said: str, sharded: Path):
     name = name_of(sharded, NORM)

@@ -41,7 +41,7 @@ def pair_scales(path: Path, stored: Mapping[str, StoredTensor], *, expected: boo
     pairs = {name: name + SCALE for name in weights if name + SCALE in scales}
     faults = {
         "FP8 weights where none is allowed": [
-            name for name, place in weights.items() if not PROJECTION.search(name) or len(place.shape) != 2
+            name for name, place in weights.items() if not may_be_fp8(name) or len(place.shape) != 2
         ],
         "FP8 weights without a scale": [name for name in weights if name not in pairs],
         "scales without an FP8 weight": [name for name in scales if name.removesuffix(SCALE) not in weights],
@@ -59,6 +59,11 @@ def pair_scales(path: Path, stored: Mapping[str, StoredTensor], *, expected: boo
     if said := told(faults):
         raise ValueError(f"{path}: {said}; copy the checkpoint again, or convert it to BF16 where it was made")
     return pairs
+
+
+def may_be_fp8(name: str) -> bool:
+    """Whether this weight is a projection's, and not embedding, head, norm or router."""
+    return PROJECTION.search(name) is not None
 
 
 def blocks(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -48,13 +48,16 @@ def read_index(file: Path) -> dict[str, str]:
     weight_map = read_object(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{file} has no weight_map; copy it again")
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not name.isprintable() or Path(name).name != name or name in (".", ".."):
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{file} has a weight_map of something else than names; copy it again")
+    for name in sorted(set(weight_map.values())):
+        if not name.isprintable() or Path(name).name != name or name in (".", ".."):
             raise ValueError(f"{file} points at {shown(name)} outside its directory; copy the checkpoint again")
+        if not name.endswith(".safetensors"):
+            raise ValueError(f"{file} points at {shown(name)}; {refusal()}")
+    for tensor in weight_map:
         if not is_name(tensor):
             raise ValueError(f"{file}: {shown(tensor)} is no name of a tensor; copy it again")
-        if not name.endswith(".safetensors"):
-            raise ValueError(f"{file} has {shown(tensor)} in {shown(name)}; {refusal()}")
     return weight_map
 
 

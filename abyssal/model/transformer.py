@@ -38,13 +38,16 @@ class Transformer(nn.Module):
             raise ValueError(f"dtype={dtype} is not supported for compute; use float32 or bfloat16")
         self.config, self.dtype = config, dtype
         n_layers = config.num_hidden_layers
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # filling a table or computing frequencies on "meta" would load torch's compiler: a second and more for nothing
+        table_VD = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table_VD, freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(n_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(MtpModule(config, n_layers + k) for k in range(config.num_nextn_predict_layers))
-        self.register_buffer("rope_frequencies", rope_frequencies(config), persistent=False)
+        frequencies = torch.empty(config.rope_dim // 2) if table_VD.is_meta else rope_frequencies(config)
+        self.register_buffer("rope_frequencies", frequencies, persistent=False)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> Transformer:
