@@ -12,10 +12,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from abyssal.checkpoint.load import load_checkpoint
 from abyssal.checkpoint.save import save_checkpoint
+from abyssal.engine import Engine
 from abyssal.model.transformer import Transformer
+from abyssal.types import SamplingParams
 
 TOLERANCE = 2e-5  # the promise is 1e-4; what remains is FP32 sums in another order, below 1e-5 where this was written
 VOCAB = 97
+N_GREEDY = 64  # tokens of greedy text; with the prompt's 8 they need max_position_embeddings of 72
 
 
 def randomize(model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
@@ -47,44 +50,61 @@ def our_logits(model: Transformer, ids_BT: Tensor) -> Tensor:
     return model.logits(model.hidden(ids_BT))
 
 
-def greedy(model: Transformer, ids_BT: Tensor, n_tokens: int) -> Tensor:
-    with torch.no_grad():
-        for _ in range(n_tokens):
-            ids_BT = torch.cat((ids_BT, our_logits(model, ids_BT)[:, -1:].argmax(-1)), dim=1)
-    return ids_BT
-
-
 def next_token_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
 
 
-def assert_theirs_runs_in_ours(theirs: PreTrainedModel, directory: Path) -> Transformer:
-    """Saved by transformers, loaded by us: logits, greedy text and every gradient. Returns our model."""
-    theirs.save_pretrained(directory)
-    ours = load_checkpoint(directory).model
+def assert_same_function(ours: Transformer, theirs: PreTrainedModel) -> None:
+    """Logits, loss and the gradient of every parameter but MTP's, which this loss does not reach."""
     ids_BT = some_ids()
     want, got = theirs(ids_BT).logits, our_logits(ours, ids_BT)
     torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
-
-    prompt = ids_BT[:2, :8]
-    text = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=32,
-                           eos_token_id=None, pad_token_id=0)
-    assert torch.equal(greedy(ours, prompt, 32), text)
-
-    next_token_loss(want, ids_BT).backward()
-    next_token_loss(got, ids_BT).backward()
-    got_grads = {name if name.startswith("lm_head") else f"model.{name}": p.grad for name, p in ours.named_parameters()}
+    losses = [next_token_loss(logits_BTV, ids_BT) for logits_BTV in (got, want)]
+    torch.testing.assert_close(losses[0], losses[1], atol=TOLERANCE, rtol=0)
+    for loss in losses:
+        loss.backward()
+    got_grads = {
+        name if name.startswith("lm_head") else f"model.{name}": p.grad
+        for name, p in ours.named_parameters()
+        if not name.startswith("mtp.")
+    }
     want_grads = {name: p.grad for name, p in theirs.named_parameters()}
     assert got_grads.keys() == want_grads.keys()
     for name, grad in want_grads.items():
         assert grad.abs().max() > 0, f"{name} has no gradient: the example does not test it"
         torch.testing.assert_close(got_grads[name], grad, atol=TOLERANCE, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_same_greedy_text(ours: Transformer, theirs: PreTrainedModel, *, generate: bool = False) -> None:
+    """Our engine, from its cache, says what theirs says: by its own `generate`, or, which is the same and quicker, in
+    one pass over our text, where each of our tokens must be the most likely one."""
+    prompt_BT = some_ids()[:2, :8]
+    params = SamplingParams(temperature=0.0, max_tokens=N_GREEDY)
+    completions = Engine(ours, eos_ids=[]).generate(prompt_BT.tolist(), params)
+    text_BT = torch.tensor([completion.ids for completion in completions])
+    assert text_BT.shape[1] == N_GREEDY
+    if generate:
+        whole_BT = theirs.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), do_sample=False,
+                                   max_new_tokens=N_GREEDY, eos_token_id=None, pad_token_id=0)
+        assert torch.equal(text_BT, whole_BT[:, prompt_BT.shape[1]:])
+    else:
+        with torch.no_grad():
+            likeliest_BT = theirs(torch.cat((prompt_BT, text_BT), dim=1)).logits.argmax(-1)
+        assert torch.equal(text_BT, likeliest_BT[:, prompt_BT.shape[1] - 1 : -1])
+
+
+def assert_theirs_runs_in_ours(theirs: PreTrainedModel, directory: Path, *, generate: bool = False) -> Transformer:
+    """Saved by transformers, loaded by us: the same function, the same text. Returns our model."""
+    theirs.save_pretrained(directory)
+    ours = load_checkpoint(directory).model
+    assert_same_function(ours, theirs)
+    assert_same_greedy_text(ours, theirs, generate=generate)
     return ours
 
 
 def assert_ours_runs_in_theirs(ours: Transformer, directory: Path) -> dict[str, Any]:
-    """Saved by us, loaded by transformers: nothing missing, nothing unexpected but MTP, the same logits from the file's
-    BF16 weights. Returns transformers' loading report."""
+    """Saved by us, loaded by transformers: nothing missing, nothing unexpected but MTP. From the file's BF16 weights the
+    same function and text. Returns transformers' loading report."""
     save_checkpoint(directory, ours, None)
     theirs, report = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"] and not report["mismatched_keys"]
@@ -93,7 +113,6 @@ def assert_ours_runs_in_theirs(ours: Transformer, directory: Path) -> dict[str, 
     assert not [key for key in report["unexpected_keys"] if not key.startswith(mtp or ("no such",))]
     again = load_checkpoint(directory)
     assert again.config == ours.config
-    ids_BT = some_ids()
-    with torch.no_grad():
-        torch.testing.assert_close(our_logits(again.model, ids_BT), theirs(ids_BT).logits, atol=TOLERANCE, rtol=0)
+    assert_same_function(again.model, theirs)
+    assert_same_greedy_text(again.model, theirs)
     return report

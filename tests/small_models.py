@@ -20,6 +20,7 @@ KINDS = {
     "mla_moe_query_latent": SHARED | MLA | MOE | {"q_lora_rank": 24, "num_nextn_predict_layers": 1},
     "mla_dense": SHARED | MLA | {"feed_forward": "dense"},
     "gqa_dense": SHARED | GQA | {"feed_forward": "dense", "tie_word_embeddings": True},
+    "gqa_dense_norms": SHARED | GQA | {"feed_forward": "dense", "qkv_bias": False, "qk_norm": True, "head_dim": 12},
 }
 
 

@@ -197,6 +197,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.0,
                                                          "attn_factor": 1.0}}, "attn_factor=1.0 disagree"),
     ("abyssal_gqa_moe", {"n_heads": 3}, "n_heads=3"),
+    ("abyssal_gqa_moe", {"rope_scaling": {"kind": "linear", "factor": 2.0, "attention_factor": 1.5}},
+     "attention_factor=1.5"),
+    ("abyssal_gqa_moe", {"rope_scaling": {"kind": "yarn", "factor": 2.0, "attention_factor": 0.0}},
+     "attention_factor=0.0"),
+    ("abyssal_mla_moe", {"qk_norm": True}, "qk_norm=True"),
 ]
 
 

@@ -95,8 +95,8 @@ def test_transformers_reads_the_same_yarn(extended: Run):
 @pytest.mark.parametrize("kind", ["mla_moe", "gqa_dense"])
 def test_a_stretched_model_of_either_kind_runs_in_transformers(kind: str, tmp_path: Path):
     model = small_model(kind, vocab_size=oracle.VOCAB, qkv_bias=False)
-    longer = stretched(model, ExtendConfig(steps=1).scaling(model.config, 16))
-    assert longer.config.max_position_embeddings == 64 and all(p.requires_grad for p in longer.parameters())
+    longer = stretched(model, ExtendConfig(steps=1).scaling(model.config, 32))
+    assert longer.config.max_position_embeddings == 128 and all(p.requires_grad for p in longer.parameters())
     assert not torch.equal(longer.rope_frequencies, model.rope_frequencies)
     assert torch.equal(longer.rope_frequencies, rope_frequencies(longer.config))
     assert all(torch.equal(a, b) for a, b in zip(longer.parameters(), model.parameters(), strict=True))

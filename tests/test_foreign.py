@@ -56,16 +56,19 @@ def byte_level(special: list[str]) -> tokenizers.Tokenizer:
 
 
 def made(directory: Path, kind: str, *, spare: int = 0, tied: bool = False) -> Path:
-    """llama with <s> and </s>; qwen2 with ChatML's marks, no begin token and spare rows; a mixture of experts."""
-    special = {"qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]}.get(kind, ["<s>", "</s>"])
-    names = (
-        {"eos_token": "<|endoftext|>"} if kind == "qwen2" else {"bos_token": "<s>", "eos_token": "</s>"}
-    )
+    """llama and mistral with <s> and </s>; qwen2 and qwen3 with ChatML's marks and no begin token; experts."""
+    is_qwen = kind.startswith("qwen")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] if is_qwen else ["<s>", "</s>"]
+    names = {"eos_token": "<|endoftext|>"} if is_qwen else {"bos_token": "<s>", "eos_token": "</s>"}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level(special), **names)
     sizes = WIDTHS | {"vocab_size": len(tokenizer) + spare, "tie_word_embeddings": tied}
     config: transformers.PretrainedConfig
     if kind == "qwen2":
         config = transformers.Qwen2Config(**sizes)
+    elif kind == "qwen3":
+        config = transformers.Qwen3Config(**sizes, head_dim=12)
+    elif kind == "mistral":  # its window of 4096 is longer than its context
+        config = transformers.MistralConfig(**sizes)
     elif kind == "llama":
         config = transformers.LlamaConfig(**sizes, head_dim=8)
     else:
@@ -169,7 +172,7 @@ RL = RlConfig(steps=1, problems=2, answers=4, max_tokens=200, row_len=256, eval_
 SFT = SftConfig(epochs=1, row_len=128, rows=2, mtp_weight=0.0)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "deepseek_v3"])
 def test_it_goes_through_rl_and_sft_and_out_to_transformers(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -219,7 +222,8 @@ def test_it_goes_through_rl_and_sft_and_out_to_transformers(
         again, info = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.float32, output_loading_info=True
         )
-        assert not info["missing_keys"] and not info["unexpected_keys"] and again.config.model_type == kind
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert again.config.model_type == ("llama" if kind == "mistral" else kind)
         ids_BT = torch.tensor([render(EXCHANGE, imported.tokenizer).ids])
         ours = load_checkpoint(checkpoint).model
         with torch.no_grad():

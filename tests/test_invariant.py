@@ -27,8 +27,10 @@ HOW = [
 
 
 def model_of(kind: str, dtype: torch.dtype, *, seed: int = 0) -> Transformer:
-    """Widths that fill no vector register: what a kernel does at its end shows."""
+    """Widths that fill no vector register: what a kernel does at its end shows. What holds with Qwen3's norms of heads
+    holds without them."""
     changes = {"max_position_embeddings": CONTEXT, "num_hidden_layers": 2, "intermediate_size": 51}
+    changes |= {"head_dim": 12, "qk_norm": True} if kind == "gqa_dense" else {}
     changes |= {"n_routed_experts": 6} if "moe" in kind else {}
     return small_model(kind, seed=seed, dtype=dtype, **changes)
 

@@ -6,7 +6,9 @@ Letters: T tokens, D width, H heads, N nope dim, R rope dim, C latent.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from transformers.modeling_layers import MtpModel
 from abyssal.checkpoint.load import load_checkpoint
 from abyssal.checkpoint.save import save_checkpoint
 from abyssal.checkpoint.tensor_names import official_views
-from abyssal.model.config import ModelConfig
+from abyssal.model.config import ModelConfig, RopeScaling
 from abyssal.model.transformer import Transformer
 
 CONFIG = ModelConfig(
@@ -28,8 +30,11 @@ CONFIG = ModelConfig(
 )
 
 
-def random_model() -> Transformer:
-    model = Transformer(CONFIG)
+YARN = RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=8, mscale=0.9, mscale_all_dim=1.1)
+
+
+def random_model(config: ModelConfig = CONFIG) -> Transformer:
+    model = Transformer(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -159,8 +164,11 @@ def test_packed_examples_do_not_see_each_other_through_mtp():
                 torch.testing.assert_close(packed[k - 1][:, start : end - k], want, atol=1e-5, rtol=0)
 
 
-def test_transformers_drafts_from_our_files_with_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    save_checkpoint(tmp_path, random_model(), None)
+@pytest.mark.parametrize("changes", [{}, {"rope_scaling": YARN, "q_lora_rank": None}], ids=["plain", "yarn"])
+def test_transformers_drafts_from_our_files_with_the_same_numbers(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save_checkpoint(tmp_path, random_model(replace(CONFIG, **changes)), None)
     ours = load_checkpoint(tmp_path).model
     # transformers knows the MTP layer by V3's own layer number
     monkeypatch.setattr(DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.[23]\..*"])
