@@ -103,8 +103,8 @@ def assert_theirs_runs_in_ours(theirs: PreTrainedModel, directory: Path, *, gene
 
 
 def assert_ours_runs_in_theirs(ours: Transformer, directory: Path) -> dict[str, Any]:
-    """Saved by us, loaded by transformers: nothing missing, nothing unexpected but MTP. From the file's BF16 weights the
-    same function and text. Returns transformers' loading report."""
+    """Saved by us, loaded by transformers: nothing missing, nothing unexpected but MTP. From its BF16 weights the same
+    function and text. Returns transformers' loading report."""
     save_checkpoint(directory, ours, None)
     theirs, report = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"] and not report["mismatched_keys"]

@@ -17,7 +17,7 @@ from abyssal.checkpoint.load import load_checkpoint
 from abyssal.checkpoint.save import save_checkpoint
 
 SHAPE: dict[str, Any] = dict(
-    vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+    vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
     max_position_embeddings=128, rms_norm_eps=1e-6, initializer_range=0.02, tie_word_embeddings=False,
 )
 ROUTING: dict[str, Any] = dict(
