@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from abyssal.commands.checkpoint_path import resolve_checkpoint
+from abyssal.commands.convert_shape import convert
 from abyssal.commands.import_checkpoint import import_checkpoint
 from abyssal.commands.options import parsed
 from abyssal.commands.preset_table import presets
@@ -35,6 +36,7 @@ abyssal: from raw text to a reasoning model
   abyssal chat DIR [--prompt TEXT ...]                talk to a checkpoint, e.g. out/laptop/r1
   abyssal report RUN_DIR                              write RUN_DIR/report.html again
   abyssal import DIR [--check]                        what a checkpoint is, and whether it would load
+  abyssal convert DIR --to mla [--latent 64,128 ...]  latent attention from GQA: exact, or DeepSeek-V3's shape
   abyssal presets [NAME]                              published shapes and their sizes; one as a config.json
 
 Add --help to any of them. runs/ holds recipes; every field of a recipe can be overridden on the command line.
@@ -121,6 +123,7 @@ def chat(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "chat": chat,
     "import": import_checkpoint,
+    "convert": convert,
     "presets": presets,
 }
 

@@ -16,7 +16,7 @@ LEVEL = {
     "types": 0, "record": 0, "progress": 0, "machine": 0, "kernels": 0,
     "tokens": 1, "model": 1, "loss": 1, "optim": 1, "reward": 1,
     "data": 2, "checkpoint": 2, "parallel": 2, "engine": 2,
-    "rollout": 3, "plan": 3,
+    "rollout": 3, "plan": 3, "surgery": 3,
     "lm": 4, "evals": 4,
     "stages": 5, "serve": 5, "talk": 5,
     "commands": 6,

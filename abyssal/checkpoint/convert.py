@@ -2,9 +2,9 @@
 
 Read and written: deepseek_v3, deepseek_v2, deepseek (DeepSeekMoE), llama, qwen2 and qwen3, in the spelling of the
 originals (`rope_theta`, `rope_scaling`) and of transformers 5 (`rope_parameters`). A mistral whose window hides nothing
-is read and is a llama from then on. A shape that none of them describes, such as GQA with V3's experts, gets a model
-type of ours, `abyssal_<attention>_<feed-forward>`, that holds ModelConfig field by field. What a config asks for and we
-cannot do is an error that names field and value; nothing is dropped in silence.
+is read and is a llama from then on. A shape that none of them describes, such as GQA with V3's experts or MLA without
+its latent norm, gets a model type of ours, `abyssal_<attention>_<feed-forward>`, that holds ModelConfig field by field.
+What a config asks for and we cannot do is an error that names field and value; nothing is dropped in silence.
 """
 
 from __future__ import annotations
@@ -111,6 +111,9 @@ def _gqa_moe(config: ModelConfig) -> str | None:
 
 
 def _mla(config: ModelConfig) -> str | None:
+    own = (config.rope_inv_freq, config.attention_scale) != (None, None)
+    if own or not config.latent_norm or config.qkv_bias or config.qk_nope_head_dim == 0:  # surgery/mla_from_gqa.py
+        return None
     if config.feed_forward == "dense":
         return "deepseek_v3"
     if (config.scoring_func, config.topk_method) == ("sigmoid", "noaux_tc"):
@@ -140,4 +143,9 @@ def _from_ours(hf: dict[str, Any]) -> ModelConfig:
         need(hf, name)
     if given.get("rope_scaling") is not None:
         given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
+    frequencies = given.get("rope_inv_freq")
+    if frequencies is not None:
+        if not isinstance(frequencies, list) or not all(isinstance(f, float) and f >= 0 for f in frequencies):
+            raise unsupported("rope_inv_freq", frequencies, "it is a list of frequencies, 0 or above")
+        given["rope_inv_freq"] = tuple(frequencies)
     return ModelConfig(**given)

@@ -1,4 +1,4 @@
-"""Distance of a policy from another, per token: the sampled one of GRPO and the exact one of on-policy distillation.
+"""Distance of a policy from another, per token: the sampled one of GRPO and the exact ones of distillation.
 
 Letters: N tokens, V vocabulary.
 """
@@ -33,3 +33,14 @@ def reverse_kl(logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
     logp_NV = logits_NV.float().log_softmax(-1)
     teacher_logp_NV = teacher_logits_NV.detach().float().log_softmax(-1)
     return (logp_NV.exp() * (logp_NV - teacher_logp_NV)).sum(-1)
+
+
+def forward_kl(logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
+    """KL(teacher || student) of each row over the whole vocabulary, (N,) in FP32: distillation on given text.
+
+    Its mean is over what the teacher would say, so nothing that it would say may be missing in the student. (Hinton et
+    al. 2015) No gradient reaches the teacher.
+    """
+    logp_NV = logits_NV.float().log_softmax(-1)
+    teacher_logp_NV = teacher_logits_NV.detach().float().log_softmax(-1)
+    return (teacher_logp_NV.exp() * (teacher_logp_NV - logp_NV)).sum(-1)

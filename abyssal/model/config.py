@@ -77,10 +77,13 @@ class ModelConfig:
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
     rope_interleave: bool = True  # official checkpoints rotate neighbouring pairs
+    latent_norm: bool = True  # False, as the next two: what a converted GQA model needs to stay itself (surgery/)
+    rope_inv_freq: tuple[float, ...] | None = None  # one per rotated pair, instead of rope_theta and rope_scaling
+    attention_scale: float | None = None  # of the softmax, instead of qk_head_dim^-0.5
     # gqa
     num_key_value_heads: int = 0
     head_dim: int = 0
-    qkv_bias: bool = False  # Qwen2
+    qkv_bias: bool = False  # Qwen2; in mla, biases of queries and of latent and key
     qk_norm: bool = False  # Qwen3: RMSNorm of every head's query and key, before they are rotated
     # moe
     n_routed_experts: int = 0
@@ -104,10 +107,11 @@ class ModelConfig:
             if (count := getattr(self, name)) < 0:
                 raise ValueError(f"{name}={count} is less than none; use 0 or more")
         if self.attention == "mla":
-            for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            for name in ("kv_lora_rank", "qk_rope_head_dim", "v_head_dim"):
                 _positive(self, name)
             if self.qk_norm:
                 raise ValueError("qk_norm=True is a norm of gqa's heads; mla norms its latents, leave it out")
+            self._check_extension()
         elif self.attention == "gqa":
             for name in ("num_key_value_heads", "head_dim"):
                 _positive(self, name)
@@ -116,6 +120,8 @@ class ModelConfig:
                     f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                     f"num_key_value_heads={self.num_key_value_heads}"
                 )
+            if (self.rope_inv_freq, self.attention_scale, self.latent_norm) != (None, None, True):
+                raise ValueError("rope_inv_freq, attention_scale and latent_norm belong to attention='mla'")
         else:
             raise ValueError(f"attention={self.attention!r} is unknown; use 'mla' or 'gqa'")
         if self.rope_dim % 2:
@@ -124,6 +130,21 @@ class ModelConfig:
             self._check_moe()
         elif self.feed_forward != "dense":
             raise ValueError(f"feed_forward={self.feed_forward!r} is unknown; use 'moe' or 'dense'")
+
+    def _check_extension(self) -> None:
+        if self.qk_nope_head_dim < 0:
+            raise ValueError(f"qk_nope_head_dim={self.qk_nope_head_dim} is negative; 0 rotates all of a head")
+        if self.qkv_bias and self.q_lora_rank is not None:
+            raise ValueError(f"qkv_bias with q_lora_rank={self.q_lora_rank}: a query latent has none; set it to null")
+        if self.rope_inv_freq is None:
+            return
+        if self.rope_scaling is not None:
+            raise ValueError("rope_inv_freq and rope_scaling both say how fast pairs turn; keep one of them")
+        if len(self.rope_inv_freq) * 2 != self.qk_rope_head_dim:
+            raise ValueError(
+                f"{len(self.rope_inv_freq)} frequencies in rope_inv_freq do not fit qk_rope_head_dim="
+                f"{self.qk_rope_head_dim}, which has {self.qk_rope_head_dim // 2} pairs"
+            )
 
     def _check_moe(self) -> None:
         for name in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"):
@@ -156,6 +177,8 @@ class ModelConfig:
     @property
     def softmax_scale(self) -> float:
         """qk_head_dim^-0.5, times m^2 under YaRN with m = 0.1 mscale_all_dim ln(factor) + 1. (DeepSeek-V2 code)"""
+        if self.attention == "mla" and self.attention_scale is not None:
+            return self.attention_scale
         scale = self.qk_head_dim**-0.5
         scaling = self.rope_scaling
         if self.attention == "mla" and scaling is not None and scaling.kind == "yarn" and scaling.mscale_all_dim:

@@ -28,13 +28,15 @@ class MLA(nn.Module):
         self.config, self.layer = config, layer
         heads, dim = config.num_attention_heads, config.hidden_size
         if config.q_lora_rank is None:
-            self.q_proj = Linear(dim, heads * config.qk_head_dim)
+            self.q_proj = Linear(dim, heads * config.qk_head_dim, bias=config.qkv_bias)
         else:
             self.q_a_proj = Linear(dim, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
-        self.kv_a_proj_with_mqa = Linear(dim, config.kv_lora_rank + config.qk_rope_head_dim)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_a_proj_with_mqa = Linear(
+            dim, config.kv_lora_rank + config.qk_rope_head_dim, bias=config.qkv_bias
+        )
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS) if config.latent_norm else nn.Identity()
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, dim)
 

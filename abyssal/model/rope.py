@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies (plain, YaRN, Llama 3, linear) and the rotation itself.
+"""Rotary position embedding: frequencies (plain, YaRN, Llama 3, linear, or given one by one) and the rotation itself.
 
 Two layouts: interleaved pairs (x0 x1)(x2 x3).. as in official DeepSeek checkpoints, or rotate-half as Llama and Qwen.
 Reading one as the other breaks a checkpoint without an error, so the layout is a config field.
@@ -17,6 +17,8 @@ from abyssal.model.config import ModelConfig, RopeScaling
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
     """Angle per position of each pair, (R/2,) FP32."""
+    if config.rope_inv_freq is not None:
+        return torch.tensor(config.rope_inv_freq, dtype=torch.float32)
     dim = config.rope_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     plain = 1.0 / (config.rope_theta**exponents)

@@ -1,0 +1,210 @@
+"""`abyssal convert`: GQA becomes latent attention; what it costs and what healing gives back, in a table.
+
+Owns the text, the measuring and the table. Does not own the surgery (surgery/) or the healing (stages/heal.py).
+Letters: B rows, T tokens, W windows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import tyro
+from rich.console import Console
+from torch import Tensor
+
+from abyssal.checkpoint.convert import model_type
+from abyssal.checkpoint.load import load_checkpoint
+from abyssal.checkpoint.save import save_checkpoint
+from abyssal.commands.checkpoint_path import resolve_checkpoint
+from abyssal.commands.options import parsed
+from abyssal.data.corpus import encode_documents, open_source
+from abyssal.data.pack import pack_rows
+from abyssal.evals.perplexity import cut_windows, held_out_text, perplexity
+from abyssal.machine import Precision, keep_freed_memory
+from abyssal.model.transformer import Transformer, count_parameters
+from abyssal.progress import bytes_bar, steps_bar
+from abyssal.stages.heal import HealConfig, heal
+from abyssal.surgery.calibrate import AttentionStatistics, attention_statistics, layer_inputs
+from abyssal.surgery.mla_from_gqa import attentions, exact_config, mla_from_gqa, v3_config
+from abyssal.tokens.tokenizer import Tokenizer
+
+PROG = "abyssal convert"
+ROW = "{:<26}  {:>6}  {:>12}  {:>17}  {:>9}  {:>17}  {:>10}"
+TITLES = ("shape", "latent", "steps healed", "cache bytes/token", "of before", "active parameters", "perplexity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    directory: Annotated[Path, tyro.conf.Positional]  # a checkpoint with GQA or MHA: Llama, Qwen2, a student of ours
+    to: str  # mla
+    latent: str = ""  # widths of deepseek_v3's latent, e.g. 64,128; without: the exact conversion, in a type of ours
+    out: Path | None = None  # the directory to write; of several widths OUT/latent-WIDTH each
+    text: str = "python"  # to calibrate and heal on: python, docs, debian:PACKAGE, a folder, a .jsonl
+    held_out: Path | None = None  # a text file to measure on; without: Python's language reference
+    calibration_tokens: int = 8192
+    row_len: int = 512  # tokens of a row of text and of a window that is measured
+    windows: int = 16  # that are measured
+    heal_steps: str = ""  # e.g. 200; or 50,200: measured after 50 and after 200
+    heal_rows: int = HealConfig.rows  # of a step
+    heal_lr: float = HealConfig.lr
+    seed: int = 0  # of the text's order
+    device: str = "auto"
+    dtype: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        if self.to != "mla":
+            raise ValueError(f"--to {self.to} is no shape to convert to; use mla")
+        for name in ("calibration_tokens", "row_len", "windows", "heal_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is less than one")
+        if self.steps != sorted(set(self.steps)) or min(self.steps, default=1) < 1:
+            raise ValueError(f"--heal-steps {self.heal_steps} counts steps from the start; write them in order: 50,200")
+
+    @property
+    def latents(self) -> list[int]:
+        return numbers(self.latent, "latent")
+
+    @property
+    def steps(self) -> list[int]:
+        return numbers(self.heal_steps, "heal-steps")
+
+
+class Text(NamedTuple):
+    """Rows of one text to calibrate on and, after them, to heal on; windows of another to measure on."""
+
+    calibration_BT: Tensor
+    healing_BT: Tensor
+    held_out_WT: Tensor
+
+
+class Row(NamedTuple):
+    """A line of the table. The cache is in BF16, of all layers."""
+
+    shape: str
+    latent: int | None
+    steps: int
+    cache_bytes: int
+    cache_share: float
+    active: int
+    perplexity: float
+
+
+def convert(arguments: list[str]) -> None:
+    options: ConvertOptions = parsed(ConvertOptions, args=arguments, prog=PROG)
+    keep_freed_memory()
+    print_table(conversions(options, Console()))
+
+
+def print_table(rows: Iterable[Row]) -> None:
+    print(ROW.format(*TITLES))
+    for row in rows:
+        latent, share = "-" if row.latent is None else str(row.latent), f"{100 * row.cache_share:.0f} %"
+        numbers = (latent, row.steps, f"{row.cache_bytes:,}", share, f"{row.active:,}", f"{row.perplexity:.3f}")
+        print(ROW.format(row.shape, *numbers), flush=True)
+
+
+def conversions(options: ConvertOptions, console: Console) -> Iterator[Row]:
+    """The table, the model as it was first. Each conversion is written once it is healed."""
+    path = resolve_checkpoint(options.directory)
+    with bytes_bar(f"loading {options.directory}", console) as on_bytes:
+        model, tokenizer, config = load_checkpoint(
+            path, dtype=options.dtype, device=options.device, on_bytes=on_bytes
+        )
+    if tokenizer is None:
+        raise FileNotFoundError(f"{path} has no tokenizer.json, by which text becomes ids; copy it there")
+    targets = [v3_config(config, latent=latent) for latent in options.latents] or [exact_config(config)]
+    text = read_text(options, tokenizer)
+    original = measured(model, text, console, shape=model_type(config), steps=0)
+    yield original
+    statistics = calibrated(model, text.calibration_BT, console) if options.latents else None
+    for target in targets:
+        student = mla_from_gqa(model, target, statistics)
+        shape = model_type(target) + ("" if statistics else ", exact")
+        yield measured(student, text, console, shape=shape, steps=0, before=original)
+        yield from healed(student, model, text, options, console, shape=shape, before=original)
+        if options.out is not None:
+            out = options.out if len(targets) == 1 else options.out / f"latent-{target.kv_lora_rank}"
+            save_checkpoint(out, student, tokenizer)
+
+
+def healed(
+    student: Transformer,
+    teacher: Transformer,
+    text: Text,
+    options: ConvertOptions,
+    console: Console,
+    *,
+    shape: str,
+    before: Row,
+) -> Iterator[Row]:
+    """A row after each number of steps that was asked for."""
+    if not options.steps:
+        return
+    config = HealConfig(steps=options.steps[-1], rows=options.heal_rows, lr=options.heal_lr)
+    with steps_bar(f"healing {shape}", console) as on_step:
+        for n_done, _ in enumerate(heal(student, teacher, text.healing_BT, config), start=1):
+            on_step(n_done, config.steps)
+            if n_done in options.steps:
+                yield measured(student, text, console, shape=shape, steps=n_done, before=before)
+
+
+def read_text(options: ConvertOptions, tokenizer: Tokenizer) -> Text:
+    """As many rows of the text as calibrating and healing want, or as there are."""
+    row_len = options.row_len
+    n_calibrate = max(1, options.calibration_tokens // row_len)
+    n_heal = max(options.steps, default=0) * options.heal_rows
+    documents = (document.text for document in open_source(options.text, seed=options.seed).documents())
+    encoded, n_tokens = [], 0
+    for ids in encode_documents(documents, tokenizer, random.Random(options.seed), 0.0):
+        encoded.append(ids)
+        n_tokens += len(ids)
+        if n_tokens >= (n_calibrate + n_heal) * row_len:
+            break
+    rows_BT = pack_rows(encoded, row_len=row_len)[: n_calibrate + n_heal]
+    held_out = held_out_text() if options.held_out is None else options.held_out.read_text(encoding="utf-8")
+    windows_WT = cut_windows(held_out, tokenizer, length=row_len, most=options.windows)
+    calibration_BT, healing_BT = rows_BT[:n_calibrate], rows_BT[n_calibrate:]
+    return Text(calibration_BT, healing_BT if len(healing_BT) else calibration_BT, windows_WT)
+
+
+def measured(
+    model: Transformer, text: Text, console: Console, *, shape: str, steps: int, before: Row | None = None
+) -> Row:
+    config = model.config
+    with steps_bar(f"perplexity of {shape}", console) as on_window:
+        n_windows = len(text.held_out_WT)
+        found = perplexity(model, text.held_out_WT, on_window=lambda n_done: on_window(n_done, n_windows))
+    cache_bytes = 2 * config.cache_width * config.num_hidden_layers
+    return Row(
+        shape=shape,
+        latent=config.kv_lora_rank or None,
+        steps=steps,
+        cache_bytes=cache_bytes,
+        cache_share=1.0 if before is None else cache_bytes / before.cache_bytes,
+        active=count_parameters(model)[1],
+        perplexity=found.perplexity,
+    )
+
+
+def calibrated(model: Transformer, rows_BT: Tensor, console: Console) -> list[AttentionStatistics]:
+    """What each layer's attention sees and says on these rows."""
+    found = []
+    with torch.inference_mode(), steps_bar("calibrating", console) as on_layer:
+        inputs = layer_inputs(model, rows_BT.to(model.embed_tokens.weight.device))
+        for attention, (_, attention_BTD, _) in zip(attentions(model), inputs, strict=True):
+            found.append(attention_statistics(model, attention, attention_BTD))
+            on_layer(len(found), len(model.layers))
+    return found
+
+
+def numbers(said: str, name: str) -> list[int]:
+    """64,128 -> [64, 128]"""
+    try:
+        return [int(number) for number in said.split(",") if number.strip()]
+    except ValueError:
+        raise ValueError(f"--{name} {said} is no list of whole numbers; write 64,128") from None
