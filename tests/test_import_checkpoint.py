@@ -70,6 +70,7 @@ def test_the_671b_index_goes_through_on_a_laptop(
     said = capsys.readouterr().out
     for fact in (
         "deepseek_v3: MLA, moe", "61 layers (3 dense)", "8 of 256 experts and 1 shared", "vocabulary 129,280",
+        "context 163,840: that of v3 and r1\n",
         "671,026,419,200, active 36,625,618,432, and 11,6", "of 1 MTP layers", "163 files", "70,272 bytes a token",
         "FP32 masters 2,730", "BF16 1,365", "FP8 68", "the names fit; shapes and types could not be checked",
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from abyssal.checkpoint.convert import config_from_hf, config_to_hf
 from abyssal.cli import dispatch
-from abyssal.model.presets import PRESETS, v2, v2_lite, v3
+from abyssal.model.presets import PRESETS, shaped_like, v2, v2_lite, v3
 from abyssal.model.transformer import Transformer, count_mtp_parameters, count_parameters
 
 
@@ -71,6 +72,8 @@ def test_the_published_config_is_the_preset(name: str):
     config = PRESETS[name]()
     assert config_from_hf(OFFICIAL["v3" if name == "r1" else name]) == config
     assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
+    assert name in shaped_like(replace(config, num_nextn_predict_layers=0, initializer_range=0.006))
+    assert not shaped_like(replace(config, rms_norm_eps=2e-6))
 
 
 @pytest.mark.parametrize("name", [name for name in OFFICIAL if name != "deepseek_moe_16b"])  # no such type there

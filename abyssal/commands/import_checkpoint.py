@@ -15,6 +15,7 @@ from abyssal.checkpoint.survey import Survey, survey, survey_index
 from abyssal.commands.checkpoint_path import resolve_checkpoint
 from abyssal.commands.options import parsed
 from abyssal.model.config import ModelConfig
+from abyssal.model.presets import shaped_like
 
 INDEX_ENDING = ".safetensors.index.json"
 LISTED = 50  # tensors of one fault
@@ -81,7 +82,9 @@ def shape(config: ModelConfig) -> str:
         parts.append(
             f"{config.num_experts_per_tok} of {config.n_routed_experts} experts and {config.n_shared_experts} shared"
         )
-    return ", ".join([*parts, f"vocabulary {config.vocab_size:,}", f"context {config.max_position_embeddings:,}"])
+    parts += [f"vocabulary {config.vocab_size:,}", f"context {config.max_position_embeddings:,}"]
+    alike = shaped_like(config)
+    return ", ".join(parts) + (f": that of {' and '.join(alike)}" if alike else "")
 
 
 def speech(source: Source) -> str:

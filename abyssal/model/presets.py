@@ -1,7 +1,8 @@
 """Published shapes, ready-made: each function returns the ModelConfig that its model's own config.json describes.
 
-`abyssal presets` lists them with their sizes. Fields that are no shape are config.json's too: initializer_range is its
-0.02, while V3 and V2 were started with 0.006 (V3 section 4.2), which is what ModelConfig has where nothing is said.
+`abyssal presets` lists them with their sizes, `abyssal import --check` recognises them. Fields that are no shape are
+config.json's too: initializer_range is its 0.02, while V3 and V2 were started with 0.006 (V3 section 4.2), which is what
+ModelConfig has where nothing is said.
 """
 
 from __future__ import annotations
@@ -198,3 +199,16 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "r1_distill_llama_70b": r1_distill_llama_70b,
     "smollm2_135m": smollm2_135m,
 }
+
+
+def shaped_like(config: ModelConfig) -> list[str]:
+    """Names of the presets that it has the shape of, whether or not its MTP layers are there."""
+
+    def freed(preset: ModelConfig) -> ModelConfig:
+        return replace(
+            preset,
+            initializer_range=config.initializer_range,
+            num_nextn_predict_layers=config.num_nextn_predict_layers,
+        )
+
+    return [name for name, preset in PRESETS.items() if freed(preset()) == config]
