@@ -1,8 +1,8 @@
 """Published shapes, ready-made: each function returns the ModelConfig that its model's own config.json describes.
 
 `abyssal presets` lists them with their sizes, `abyssal import --check` recognises them. Fields that are no shape are
-config.json's too: initializer_range is its 0.02, while V3 and V2 were started with 0.006 (V3 section 4.2), which is what
-ModelConfig has where nothing is said.
+config.json's too: initializer_range is its 0.02, while V3 and V2 were started with 0.006 (V3 section 4.2), which is
+what ModelConfig has where nothing is said.
 """
 
 from __future__ import annotations
