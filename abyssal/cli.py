@@ -33,7 +33,7 @@ abyssal: from raw text to a reasoning model
 
   abyssal run RECIPE.toml [--section.key value ...]   walk every stage; stop and start again at will
   abyssal STAGE RECIPE.toml [--section.key value ...] one stage: {" ".join(STAGES)}
-  abyssal chat DIR [--prompt TEXT ...]                talk to a checkpoint, e.g. out/laptop/r1
+  abyssal chat DIR [--prompt TEXT ...]                talk to a checkpoint: out/laptop/r1, a GGUF file, smollm2
   abyssal report RUN_DIR                              write RUN_DIR/report.html again
   abyssal import DIR [--check]                        what a checkpoint is, and whether it would load
   abyssal convert DIR --to mla [--latent 64,128 ...]  latent attention from GQA: exact, or DeepSeek-V3's shape
@@ -45,7 +45,8 @@ Add --help to any of them. runs/ holds recipes; every field of a recipe can be o
 
 @dataclass(frozen=True)
 class ChatOptions:
-    directory: Annotated[Path, tyro.conf.Positional]  # a checkpoint, or a run and its name: out/laptop/r1
+    # a checkpoint, a run and its name (out/laptop/r1), a GGUF file, or a model that is fetched once (smollm2)
+    directory: Annotated[Path, tyro.conf.Positional]
     prompt: str | None = None  # answer this and end
     temperature: float = 0.6
     top_p: float = 0.95

