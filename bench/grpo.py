@@ -8,13 +8,16 @@ answers each, every answer exactly as long as allowed since the end token is nev
 same function, keep a reference for the KL, and take one AdamW step. TRL generates with transformers (vLLM has no build
 for this machine) in its fastest setting, tried first: without gradient checkpointing, attention, number type and
 batch split as they are quickest. Ours is what stages/rl.py does, its measurement of the mismatch between engine and
-trainer included, which TRL's does not have. Set-up, logging and saving are timed on neither side.
+trainer included (on an eighth of the answers, as by default), which TRL's does not have. Set-up, logging and saving
+are timed on neither side. With one thread the time is the processor's, which other jobs on the machine hardly
+lengthen; with more it is the wall's.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import os
 import statistics
 import tempfile
 import time
@@ -76,6 +79,10 @@ class Options:
     save: bool = True  # append the results to results/grpo.jsonl
 
 
+def clock(options: Options) -> Callable[[], float]:
+    return time.process_time if options.threads == 1 else time.perf_counter
+
+
 def share_of_vowels(text: str) -> float:
     """The reward of both sides: it differs within every group, so that every answer is learnt from."""
     return sum(letter in "aeiou" for letter in text) / max(1, len(text))
@@ -111,6 +118,7 @@ def our_steps(directory: Path, problems: list[Problem], dtype: Precision, option
     engine = Engine(model, eos_ids=(), max_batch=n_answers, record_sampling=True, vocab_size=tokenizer.vocab_size)
     params = SamplingParams(max_tokens=options.new_tokens)
     config, rl = GrpoConfig(clip_low=CLIP, clip_high=CLIP, kl_weight=KL), RlConfig()
+    n_compared = n_answers * rl.compare_answers // (rl.problems * rl.answers)  # the share of a step by default
     shuffle = torch.Generator().manual_seed(0)
 
     def step(k: int) -> None:
@@ -120,7 +128,7 @@ def our_steps(directory: Path, problems: list[Problem], dtype: Precision, option
         scores = [share_of_vowels((r.message.thinking or "") + r.message.content) for r in rollouts]
         advantages_PG = group_advantages(torch.tensor(scores).view(options.problems, options.answers))
         completions = [r.completion for r in rollouts]
-        agreement(model, completions[: rl.compare_answers], replay=True, vocab_size=tokenizer.vocab_size)
+        agreement(model, completions[:n_compared], replay=True, vocab_size=tokenizer.vocab_size)
         answers = answer_batch(
             rollouts,
             advantages_PG.flatten().tolist(),
@@ -141,11 +149,11 @@ def our_steps(directory: Path, problems: list[Problem], dtype: Precision, option
         engine.load_weights(model)
 
     def steps() -> float:
-        times = []
+        times, now = [], clock(options)
         for k in range(options.steps + 1):
-            began = time.perf_counter()
+            began = now()
             step(k)
-            times.append(time.perf_counter() - began)
+            times.append(now() - began)
         return statistics.mean(times[1:])
 
     return steps
@@ -167,14 +175,14 @@ class TheirSetting:
 class StepTimes(TrainerCallback):
     """Seconds from the beginning of each optimizer step, before its rollout, to its end."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now, self.times = now, list[float]()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._began = time.perf_counter()
+        self._began = self.now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.times.append(time.perf_counter() - self._began)
+        self.times.append(self.now() - self._began)
 
 
 def their_steps(
@@ -220,7 +228,7 @@ def their_steps(
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    timer = StepTimes()
+    timer = StepTimes(clock(options))
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward,
@@ -263,6 +271,7 @@ def settings_to_try(dtype: Precision) -> list[TheirSetting]:
         *found,
         TheirSetting(first.weights, first.autocast, "eager", 1),
         TheirSetting(first.weights, first.autocast, "sdpa", 4),
+        TheirSetting(first.weights, first.autocast, "eager", 4),
         TheirSetting(first.weights, first.autocast, "sdpa", 1, cache="static"),
     ]
 
@@ -294,7 +303,11 @@ def measure(size: Size, dtype: Precision, options: Options) -> dict[str, object]
         theirs = their_steps(directory, problems, setting, options, Path(folder) / "trl")
         ours()
         theirs()
-        pairs = [(n_answers / ours(), n_answers / theirs()) for _ in range(options.pairs)]
+        pairs = []
+        for pair in range(options.pairs):
+            pairs.append((n_answers / ours(), n_answers / theirs()))
+            a, b = pairs[-1]
+            print(f"  pair {pair + 1} of {options.pairs}: {a:.1f} and {b:.1f} samples/s, {a / b:.2f} times", flush=True)
     ratios = [a / b for a, b in pairs]
     return {
         "size": size,
@@ -305,6 +318,8 @@ def measure(size: Size, dtype: Precision, options: Options) -> dict[str, object]
         "answers": options.answers,
         "new_tokens": options.new_tokens,
         "pairs": options.pairs,
+        "clock": "processor" if options.threads == 1 else "wall",
+        "cores": len(os.sched_getaffinity(0)),
         "trl": trl.__version__,
         "theirs_setting": str(setting),
         "ours_samples_per_s": [a for a, _ in pairs],

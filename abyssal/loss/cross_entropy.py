@@ -34,8 +34,7 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 def token_logprobs(logits_NV: Tensor, ids_N: Tensor) -> Tensor:
     """log p of each id under its own row, (N,) FP32."""
-    logits_NV = logits_NV.float()
-    return logits_NV.gather(-1, ids_N[:, None])[:, 0] - logits_NV.logsumexp(-1)
+    return -F.cross_entropy(logits_NV.float(), ids_N, reduction="none")
 
 
 def entropy(logits_NV: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Q query/key head width, V value head width; M queries of one product (T x X); J 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,8 @@ def attend(
     """Softmax attention, (B, T, H, V) in the type `core`, in whichever form is faster for the shape and the machine."""
     short = q_BTHQ.shape[1] * k_BSGQ.shape[1] <= SHORT
     if short and not q_BTHQ.is_cuda:
+        if core == torch.float64 and torch.is_grad_enabled():
+            return BackwardInFloat32.apply(q_BTHQ, k_BSGQ, v_BSGV, mask_BTS, scale)
         return attend_written_out(q_BTHQ, k_BSGQ, v_BSGV, mask_BTS, scale=scale, core=core)
     # values are padded to the key width: torch's fused kernels want equal widths
     value_width = v_BSGV.shape[-1]
@@ -73,11 +75,27 @@ def attend(
     return out_BHTV.transpose(1, 2)[..., :value_width]
 
 
+class WrittenOut(NamedTuple):
+    """Attention's result and what it came from, laid out for products; queries carry the scale."""
+
+    out_BTHV: Tensor
+    q_BGMQ: Tensor
+    k_BGSQ: Tensor
+    v_BGSV: Tensor
+    weights_BGMS: Tensor
+
+
 def attend_written_out(
     q_BTHQ: Tensor, k_BSGQ: Tensor, v_BSGV: Tensor, mask_BTS: Tensor | None, *, scale: float, core: torch.dtype
 ) -> Tensor:
     """The same by plain products. Queries that share a key-value head meet its keys in one product, so that keys and
     values are moved once: cast and laid out head by head in one go, repeated for no head."""
+    return _written_out(q_BTHQ, k_BSGQ, v_BSGV, mask_BTS, scale=scale, core=core).out_BTHV
+
+
+def _written_out(
+    q_BTHQ: Tensor, k_BSGQ: Tensor, v_BSGV: Tensor, mask_BTS: Tensor | None, *, scale: float, core: torch.dtype
+) -> WrittenOut:
     (_, n_tokens, n_heads, _), n_groups = q_BTHQ.shape, k_BSGQ.shape[2]
     k_BGSQ, v_BGSV = _head_by_head(k_BSGQ, core), _head_by_head(v_BSGV, core)
     q_BGMQ = (_head_by_head(q_BTHQ, core) * scale).unflatten(1, (n_groups, -1)).flatten(2, 3)
@@ -86,7 +104,36 @@ def attend_written_out(
         mask_BTS = torch.ones(scores_BHTS.shape[2:], dtype=torch.bool, device=q_BTHQ.device).tril()[None]
     scores_BHTS += torch.where(mask_BTS, 0.0, float("-inf")).to(core)[:, None]
     weights_BGMS = scores_BHTS.softmax(-1).view(*q_BGMQ.shape[:3], -1)  # torch sums a BF16 softmax in FP32, rounds once
-    return (weights_BGMS @ v_BGSV).view(len(q_BTHQ), n_heads, n_tokens, -1).transpose(1, 2)
+    out_BTHV = (weights_BGMS @ v_BGSV).view(len(q_BTHQ), n_heads, n_tokens, -1).transpose(1, 2)
+    return WrittenOut(out_BTHV, q_BGMQ, k_BGSQ, v_BGSV, weights_BGMS)
+
+
+class BackwardInFloat32(torch.autograd.Function):
+    """`attend_written_out` forward in FP64, backward in FP32.
+
+    What goes forward must round to the engine's numbers, hence FP64. Gradients have nobody to agree with: FP32 halves
+    the time of their products and what is kept for them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_BTHQ: Tensor, k_BSGQ: Tensor, v_BSGV: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        out_BTHV, *inputs = _written_out(q_BTHQ, k_BSGQ, v_BSGV, mask, scale=scale, core=torch.float64)
+        ctx.save_for_backward(*(x.float() for x in inputs))
+        ctx.scale, ctx.dtypes = scale, (q_BTHQ.dtype, k_BSGQ.dtype, v_BSGV.dtype)
+        return out_BTHV
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTHV: Tensor) -> tuple[Tensor | None, ...]:
+        q_BGMQ, k_BGSQ, v_BGSV, weights_BGMS = ctx.saved_tensors
+        batch, n_tokens, n_heads, _ = grad_BTHV.shape
+        grad_BGMV = _head_by_head(grad_BTHV, torch.float32).view(*q_BGMQ.shape[:3], -1)
+        grad_weights_BGMS = grad_BGMV @ v_BGSV.transpose(2, 3)
+        grad_scores_BGMS = torch._softmax_backward_data(grad_weights_BGMS, weights_BGMS, -1, torch.float32)
+        grad_q_BHTQ = (grad_scores_BGMS @ k_BGSQ * ctx.scale).view(batch, n_heads, n_tokens, -1)
+        grad_k_BGSQ = grad_scores_BGMS.transpose(2, 3) @ q_BGMQ
+        grad_v_BGSV = weights_BGMS.transpose(2, 3) @ grad_BGMV
+        grads = (grad_q_BHTQ, grad_k_BGSQ, grad_v_BGSV)
+        return *(x.transpose(1, 2).to(dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)), None, None
 
 
 def _head_by_head(x_BSGQ: Tensor, core: torch.dtype) -> Tensor:
