@@ -95,8 +95,8 @@ def config_to_gguf(config: ModelConfig) -> Described:
         "block_count": config.num_hidden_layers,
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": config.rope_theta,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.freq_base": float(config.rope_theta),
         "rope.dimension_count": config.rope_dim,
     }
     notes = []
@@ -107,6 +107,8 @@ def config_to_gguf(config: ModelConfig) -> Described:
         if config.q_lora_rank is None and config.num_hidden_layers not in LITE_DEPTHS:
             depths = " or ".join(map(str, LITE_DEPTHS))
             notes.append(f"llama.cpp itself loads a deepseek2 without q_lora_rank only with {depths} layers")
+        if config.feed_forward == "moe" and config.topk_method == "group_limited_greedy":
+            notes.append("llama.cpp ranks groups of experts by their two best, DeepSeek-V2 by the best alone")
     else:
         keys |= {
             "attention.head_count_kv": config.num_key_value_heads,
@@ -226,7 +228,7 @@ def _write_moe(config: ModelConfig) -> dict[str, Any]:
         "expert_group_used_count": config.topk_group,
         "expert_gating_func": int(GATING[config.scoring_func]),
         "expert_weights_norm": config.norm_topk_prob,
-        "expert_weights_scale": config.routed_scaling_factor,
+        "expert_weights_scale": float(config.routed_scaling_factor),
     }
 
 
@@ -265,12 +267,12 @@ def _write_scaling(config: ModelConfig) -> dict[str, Any]:
     original = {"rope.scaling.original_context_length": scaling.original_max_position_embeddings}
     if scaling.kind == "llama3":  # rope_freqs.weight says the rest; a factor here would scale a second time
         return original
-    keys = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
+    keys = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": float(scaling.factor)}
     if scaling.kind == "linear":
         return keys
     keys |= original | {
-        "rope.scaling.yarn_beta_fast": scaling.beta_fast,
-        "rope.scaling.yarn_beta_slow": scaling.beta_slow,
+        "rope.scaling.yarn_beta_fast": float(scaling.beta_fast),
+        "rope.scaling.yarn_beta_slow": float(scaling.beta_slow),
     }
     amplitude = rope_amplitude(config)
     if config.attention == "mla":
