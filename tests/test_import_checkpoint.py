@@ -12,6 +12,7 @@ from official_configs import OFFICIAL
 from safetensors.torch import load_file, save_file
 from small_models import small_model
 
+from abyssal.checkpoint.load import load_checkpoint
 from abyssal.checkpoint.save import save_checkpoint
 from abyssal.checkpoint.source import open_checkpoint
 from abyssal.checkpoint.survey import survey, survey_index
@@ -72,7 +73,7 @@ def test_the_671b_index_goes_through_on_a_laptop(
         "deepseek_v3: MLA, moe", "61 layers (3 dense)", "8 of 256 experts and 1 shared", "vocabulary 129,280",
         "context 163,840: that of v3 and r1\n",
         "671,026,419,200, active 36,625,618,432, and 11,6", "of 1 MTP layers", "163 files", "70,272 bytes a token",
-        "FP32 masters 2,730", "BF16 1,365", "FP8 68", "the names fit; shapes and types could not be checked",
+        "FP32 masters 2,730", "BF16 1,365", "fp8 68", "int4 367", "the names fit; shapes and types could not be",
     ):
         assert fact in said, (fact, said)
 
@@ -109,7 +110,11 @@ def test_a_good_directory_says_what_it_is(checkpoint: Path, capsys: pytest.Captu
     cast = small_model("mla_moe_query_latent", vocab_size=found.config.vocab_size, dtype=torch.bfloat16).cast_weights()
     assert found.memory["BF16"] == sum(tensor.nbytes for tensor in cast.state_dict().values())
     assert found.memory["FP32 masters"] == 4 * main_and_mtp
-    assert found.memory["FP8"] < found.memory["BF16"]
+    for weights in ("fp8", "int8", "int4"):
+        loaded = load_checkpoint(checkpoint, dtype="bfloat16", weights=weights).model
+        n_bytes = sum(tensor.nbytes for tensor in loaded.state_dict().values())
+        assert n_bytes <= found.memory[weights] <= 1.1 * n_bytes  # int4 layers too narrow for the kernel have no zeros
+        assert weights == "int4" or found.memory[weights] == n_bytes
     assert dispatch(["import", str(checkpoint), "--check"]) == 0
     said = capsys.readouterr().out
     assert "285 ids, a chat template" in said and said.endswith("it would load\n")

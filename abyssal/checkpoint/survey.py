@@ -11,23 +11,26 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from abyssal.checkpoint.convert import config_from_hf, model_type
 from abyssal.checkpoint.faults import told
-from abyssal.checkpoint.fp8_blocks import SCALE, blocks, may_be_fp8
+from abyssal.checkpoint.fp8_blocks import SCALE, may_be_fp8
 from abyssal.checkpoint.hf_directory import HfDirectory, read_hf_config, without_absent_mtp
 from abyssal.checkpoint.load import allowed_tensors, meta_model, tensor_faults
 from abyssal.checkpoint.quantization_config import read_quantization
 from abyssal.checkpoint.shard_index import read_index
 from abyssal.checkpoint.source import Source
 from abyssal.checkpoint.tensor_info import TensorInfo
-from abyssal.checkpoint.tensor_names import official_views
+from abyssal.checkpoint.tensor_names import IN_FEW_BITS, official_views
+from abyssal.kernels.quantize import BLOCK, QuantFormat, group_of
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer, count_mtp_parameters, count_parameters
+
+KEPT_AS_NUMBERS = "kv_b_proj.weight"  # see model/quantized.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +123,23 @@ def _sizes(model: Transformer, views: Mapping[str, Tensor]) -> dict[str, Any]:
     n_parameters, n_active = count_parameters(model)
     n_mtp = count_mtp_parameters(model)
     cast = official_views(model.cast_weights())
-    in_fp8 = {name: view.numel() + 4 * math.prod(blocks(view.shape)) for name, view in cast.items() if may_be_fp8(name)}
-    return dict(
-        n_parameters=n_parameters,
-        n_active=n_active,
-        n_mtp=n_mtp,
-        memory={
-            "FP32 masters": sum(view.nbytes for view in views.values()),
-            "BF16": sum(view.nbytes for view in cast.values()),
-            "FP8": sum(in_fp8.get(name, view.nbytes) for name, view in cast.items()),
-        },
-    )
+    memory = {
+        "FP32 masters": sum(view.nbytes for view in views.values()),
+        "BF16": sum(view.nbytes for view in cast.values()),
+    }
+    for format in get_args(QuantFormat):
+        memory[format] = sum(few_bytes(name, view, format) for name, view in cast.items())
+    return dict(n_parameters=n_parameters, n_active=n_active, n_mtp=n_mtp, memory=memory)
+
+
+def few_bytes(name: str, view: Tensor, format: QuantFormat) -> int:
+    """Bytes of a tensor in a model whose weights are kept in few bits: codes and scales, or numbers as they are."""
+    if not IN_FEW_BITS.search(name) or name.endswith(KEPT_AS_NUMBERS):
+        return view.nbytes
+    rows, columns = view.shape
+    if format == "fp8":
+        return view.numel() + 4 * math.ceil(rows / BLOCK) * math.ceil(columns / BLOCK)
+    n_groups = rows * math.ceil(columns / group_of(format, columns))
+    if format == "int4":  # the kernel on CPUs wants a zero beside each scale
+        return rows * math.ceil(columns / 2) + 4 * n_groups
+    return view.numel() + 2 * n_groups

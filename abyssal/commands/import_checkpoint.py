@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,15 +91,7 @@ def speech(source: Source) -> str:
     tokenizer = source.tokenizer()
     if tokenizer is None:
         return "none: it loads, but cannot be talked to"
-    template = "a chat template" if has_template(source.path) else "no chat template"
-    return f"{tokenizer.vocab_size:,} ids, {template}"
-
-
-def has_template(path: Path) -> bool:
-    config = path / "tokenizer_config.json"
-    return (path / "chat_template.jinja").is_file() or (
-        config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
-    )
+    return f"{tokenizer.vocab_size:,} ids, {'no' if tokenizer.template is None else 'a'} chat template"
 
 
 def gigabytes(n_bytes: int) -> str:
