@@ -11,9 +11,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from small_models import KINDS, random_prompts, small_model
 
+from abyssal.checkpoint import hf_directory as directory_room
 from abyssal.checkpoint import load as load_room
+from abyssal.checkpoint import safetensors_header as header_room
 from abyssal.checkpoint.hf_directory import HfDirectory
 from abyssal.checkpoint.load import load_checkpoint
+from abyssal.checkpoint.safetensors_header import StoredTensor, read_header
 from abyssal.checkpoint.save import save_checkpoint
 from abyssal.engine.engine import Engine
 from abyssal.progress import bytes_bar
@@ -80,13 +83,31 @@ def test_an_engine_takes_new_weights_and_never_writes_to_those_it_shares():
     assert {p.dtype for p in masters.parameters()} == {torch.float32}
 
 
-def test_tensors_are_read_once_each_in_the_order_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # with a cast on the way, and straight into place
+def test_tensors_are_read_once_each_in_the_order_of_the_disk(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     save_checkpoint(tmp_path / "base", small_model("mla_moe_query_latent"), None, max_shard_bytes=30_000)
     read: list[str] = []
-    plain = HfDirectory.read
-    monkeypatch.setattr(HfDirectory, "read", lambda self, name: read.append(name) or plain(self, name))
+    read_bytes, n_tensors = header_room.read_bytes, len(HfDirectory(tmp_path / "base").tensors)
+
+    def recorded(place: StoredTensor, out: torch.Tensor) -> None:
+        assert out.nbytes == place.n_bytes <= 16_000
+        read.append(name_at[place.file, place.begin])
+        read_bytes(place, out)
+
+    name_at = {
+        (place.file, place.begin): name
+        for file in (tmp_path / "base").glob("*.safetensors")
+        for name, place in read_header(file).items()
+    }
+    for room in (header_room, directory_room):
+        monkeypatch.setattr(room, "read_bytes", recorded)
     steps: list[tuple[int, int]] = []
-    load_checkpoint(tmp_path / "base", on_bytes=lambda done, total: steps.append((done, total)))
+    load_checkpoint(
+        tmp_path / "base", dtype=dtype, weights="compute", on_bytes=lambda done, total: steps.append((done, total))
+    )
+    assert len(read) == n_tensors
     on_disk = [
         name
         for file in sorted((tmp_path / "base").glob("*.safetensors"))

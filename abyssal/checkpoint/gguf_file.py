@@ -66,6 +66,9 @@ class GgufFile:
             return join_kv_b(weight, self._numbers(pieces[1]))
         return halves_from_pairs(weight, n_heads) if n_heads else weight
 
+    def read_into(self, name: str, out: Tensor) -> None:
+        out.copy_(self.read(name))
+
     def read_quantized(self, name: str) -> Quantized | None:
         return None
 

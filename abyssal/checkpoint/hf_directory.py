@@ -16,7 +16,7 @@ from torch import Tensor
 from abyssal.checkpoint.convert import config_from_hf
 from abyssal.checkpoint.fp8_blocks import pair_scales, read_blocks, read_scales, to_bfloat16
 from abyssal.checkpoint.quantization_config import read_quantization
-from abyssal.checkpoint.safetensors_header import StoredTensor, read_header, read_tensor
+from abyssal.checkpoint.safetensors_header import TORCH_TYPES, StoredTensor, read_bytes, read_header, read_tensor
 from abyssal.checkpoint.shard_index import PICKLES, check_index, find_weights, refusal
 from abyssal.checkpoint.strict_json import one_line, read_object
 from abyssal.checkpoint.tensor_info import TensorInfo
@@ -51,6 +51,14 @@ class HfDirectory:
     def read(self, name: str) -> Tensor:
         weight = self.read_quantized(name)
         return read_tensor(self._stored[name]) if weight is None else to_bfloat16(weight)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        place = self._stored[name]
+        is_same = name not in self._scale_of and TORCH_TYPES[place.stored] == out.dtype
+        if is_same and out.is_contiguous() and out.device.type == "cpu":
+            read_bytes(place, out)
+        else:
+            out.copy_(self.read(name))
 
     def read_quantized(self, name: str) -> Quantized | None:
         scale = self._scale_of.get(name)

@@ -1,7 +1,7 @@
 """Loading: a checkpoint of any format into a Transformer, every tensor accounted for before a byte of it is read.
 
 Tensors come one by one, in the order in which they lie on disk, each into its place: the memory that loading takes is
-the model's and that of one tensor.
+the model's and, where the type changes on the way, that of one tensor.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _read_weights(source: Source, model: Transformer, format: QuantFormat | None
             later.append(name)
         elif name in sizes:
             if format is None or not IN_FEW_BITS.search(name):
-                views[name].copy_(source.read(name))
+                source.read_into(name, views[name])
             elif name in slots:
                 slots[name].put(read_rounded(source, name, format).to(device))
             else:

@@ -50,8 +50,15 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 def read_tensor(place: StoredTensor) -> Tensor:
     """The tensor, in memory of its own."""
-    content = torch.empty(place.n_bytes, dtype=torch.uint8)
-    view, n_read = content.numpy().data, 0
+    out = torch.empty(place.shape, dtype=TORCH_TYPES[place.stored])
+    read_bytes(place, out)
+    return out
+
+
+def read_bytes(place: StoredTensor, out: Tensor) -> None:
+    """Straight from the file into a tensor of its type and size, without a copy on the way."""
+    assert out.is_contiguous() and out.nbytes == place.n_bytes, (out.shape, place)
+    view, n_read = out.view(-1).view(torch.uint8).numpy().data, 0
     with place.file.open("rb", buffering=0) as handle:
         handle.seek(place.begin)
         while n_read < place.n_bytes:  # Linux reads 2 GiB at most at a time
@@ -59,7 +66,6 @@ def read_tensor(place: StoredTensor) -> Tensor:
             if not n_new:
                 raise damaged(place.file, f"ends {place.n_bytes - n_read:,} bytes too early")
             n_read += n_new
-    return content.view(TORCH_TYPES[place.stored]).reshape(place.shape)
 
 
 def is_name(name: str) -> bool:

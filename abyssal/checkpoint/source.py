@@ -31,6 +31,9 @@ class Source(Protocol):
     def read(self, name: str) -> Tensor:
         """Its numbers, in the type they are stored in (quantised ones in BF16 or FP32)."""
 
+    def read_into(self, name: str, out: Tensor) -> None:
+        """The same, rounded to the type of `out`, which has the tensor's shape and may be on a device."""
+
     def read_quantized(self, name: str) -> Quantized | None:
         """The few bits and scales as they are stored, or None for a tensor of plain numbers."""
 
