@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_files import converted, described, small_vocabulary, write_file
 from official_configs import OFFICIAL
 from safetensors.torch import load_file, save_file
 from small_models import small_model
@@ -147,6 +148,19 @@ def test_an_absent_mtp_layer_is_a_note(checkpoint: Path, capsys: pytest.CaptureF
     out, err = capsys.readouterr()
     assert "note: " in out and "promises 1 MTP layers" in out and "none: it loads, but cannot be talked to" in out
     assert err == ""
+
+
+def test_a_gguf_file_goes_through_the_same_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = small_model("gqa_dense", vocab_size=262, qkv_bias=False, head_dim=8)
+    tensors, words = converted(model, "llama"), described(model, "llama") | small_vocabulary()
+    file = write_file(tmp_path / "m.gguf", "llama", words, tensors)
+    assert dispatch(["import", "--check", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "llama: GQA, dense" in said and "262 ids, a chat template" in said and "F32 " in said and "1 files" in said
+    gone = tensors.pop("blk.2.ffn_up.weight")
+    write_file(file, "llama", words, tensors | {"blk.2.ffn_gate.weight": gone[:40]})
+    with pytest.raises(ValueError, match=r"not load: 1 missing \(model.layers.2.mlp.up_proj.weight\); 1 of wrong"):
+        dispatch(["import", "--check", str(file)])
 
 
 @pytest.mark.parametrize(("argument", "said"), [
