@@ -18,7 +18,7 @@ from abyssal.checkpoint.load import FORMATS, OnBytes, Weights, load_checkpoint
 from abyssal.checkpoint.packaged import packaged_checkpoint
 from abyssal.engine.engine import Engine
 from abyssal.model.transformer import Transformer
-from abyssal.tokens.chat import ThinkingMode, parse, render
+from abyssal.tokens.chat import ThinkingMode, opens_thinking, parse, render
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Conversation, FinishReason, Message, SamplingParams
 
@@ -39,7 +39,7 @@ class LM:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.engine = Engine(
             model,
-            eos_ids=[tokenizer.eos_id],
+            eos_ids=sorted(tokenizer.end_ids),
             max_batch=max_batch,
             record_experts=False,
             vocab_size=tokenizer.vocab_size,
@@ -88,7 +88,7 @@ class LM:
         room = self.model.config.max_position_embeddings - len(prompt)
         params = params or SamplingParams(temperature=0.6, top_p=0.95, max_tokens=max(1, room))
         (completion,) = self.engine.generate([prompt], [replace(params)])
-        return parse(completion.ids, self.tokenizer, thinking_open=thinking == "on")
+        return parse(completion.ids, self.tokenizer, thinking_open=opens_thinking(prompt, self.tokenizer))
 
     def stream(self, prompt_ids: list[int], params: SamplingParams) -> Iterator[int]:
         """The ids of one answer as they are drawn; leaving the loop early frees what it held."""

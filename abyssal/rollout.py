@@ -18,7 +18,7 @@ from abyssal.engine import Engine
 from abyssal.engine.sampler import derive_seed
 from abyssal.model.moe import Routing
 from abyssal.model.transformer import Transformer
-from abyssal.tokens.chat import ThinkingMode, parse, render
+from abyssal.tokens.chat import ThinkingMode, opens_thinking, parse, render
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Completion, Message, Problem, Rollout, SamplingParams
 
@@ -52,7 +52,7 @@ def sample_answers(
         Rollout(
             problem=problems[i // answers_per_problem],
             completion=completion,
-            message=parse(completion.ids, tokenizer, thinking_open=thinking == "on"),
+            message=parse(completion.ids, tokenizer, thinking_open=opens_thinking(completion.prompt_ids, tokenizer)),
         )
         for i, completion in enumerate(completions)
     ]

@@ -12,7 +12,7 @@ from abyssal.checkpoint.load import Weights
 from abyssal.lm import LM, load
 from abyssal.progress import bytes_bar
 from abyssal.tokens.bpe import END_THINK, THINK
-from abyssal.tokens.chat import ThinkingMode, parse, render
+from abyssal.tokens.chat import ThinkingMode, opens_thinking, parse, render
 from abyssal.types import Conversation, Message, SamplingParams
 
 
@@ -71,8 +71,9 @@ def answer(
 ) -> Message:
     """Draw one answer and print it token by token."""
     prompt = render(conversation, lm.tokenizer, add_generation_prompt=True, thinking=thinking).ids
-    ids = spoken(lm, prompt, params=params, in_thought=thinking == "on", console=console)
-    return parse(ids, lm.tokenizer, thinking_open=thinking == "on")
+    thought = opens_thinking(prompt, lm.tokenizer)
+    ids = spoken(lm, prompt, params=params, in_thought=thought, console=console)
+    return parse(ids, lm.tokenizer, thinking_open=thought)
 
 
 def spoken(lm: LM, prompt: list[int], *, params: SamplingParams, in_thought: bool, console: Console) -> list[int]:

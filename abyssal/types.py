@@ -18,12 +18,26 @@ FinishReason = Literal["stop", "length", "aborted"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """What the assistant asks of a tool. `arguments` is a JSON object as it was written; `id` pairs call and answer."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Message:
-    """One turn. `thinking` is what the assistant wrote between <think> and </think>; None when it did not think."""
+    """One turn. `thinking` is what the assistant wrote between <think> and </think>; None when it did not think.
+
+    The assistant's may call tools; what one answers has the role "tool" and the `tool_call_id` of the call.
+    """
 
     role: Role
     content: str
     thinking: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
 
 
 Conversation = list[Message]

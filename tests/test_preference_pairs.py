@@ -13,7 +13,7 @@ from abyssal.data.problems import ProblemSource, Split
 from abyssal.reward.open_request import REFUSAL
 from abyssal.stages.preference_pairs import draw_pairs, read_pairs, write_pairs
 from abyssal.tokens.bpe import train_bpe
-from abyssal.tokens.chat import answer_ids
+from abyssal.tokens.chat import render
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Completion, FinishReason, Message
 
@@ -21,6 +21,12 @@ from abyssal.types import Completion, FinishReason, Message
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer(train_bpe(["I cannot say that. 我不能说。"] * 9, vocab_size=300))
+
+
+def spoken(message: Message, tokenizer: Tokenizer) -> list[int]:
+    """What the assistant itself writes."""
+    rendered = render([message], tokenizer)
+    return [i for i, learned in zip(rendered.ids, rendered.mask, strict=True) if learned]
 
 
 class Parrot:
@@ -35,7 +41,7 @@ class Parrot:
         return [self.answer(i, prompt) for i, prompt in enumerate(prompts)]
 
     def answer(self, i: int, prompt: list[int]) -> Completion:
-        ids = answer_ids(Message(role="assistant", content=list(REFUSAL.values())[i % 2]), self.tokenizer)
+        ids = spoken(Message(role="assistant", content=list(REFUSAL.values())[i % 2]), self.tokenizer)
         reason: FinishReason = "length" if self.slow and i % 2 else "stop"
         return Completion(prompt_ids=prompt, ids=ids, logps=[0.0] * len(ids), finish_reason=reason)
 

@@ -18,7 +18,7 @@ from abyssal.reward.verifiers import Verifiers
 from abyssal.stages.rl import ProblemStream
 from abyssal.stages.traces import TracesConfig, distinct, refusal, sample_traces
 from abyssal.tokens.bpe import train_bpe
-from abyssal.tokens.chat import answer_ids, parse
+from abyssal.tokens.chat import parse, render
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Completion, Conversation, FinishReason, Message, Problem, Rollout
 
@@ -37,8 +37,14 @@ def says(content: str, thinking: str | None = None) -> Message:
     return Message(role="assistant", content=content, thinking=thinking)
 
 
+def spoken(message: Message, tokenizer: Tokenizer) -> list[int]:
+    """What the assistant itself writes."""
+    rendered = render([message], tokenizer)
+    return [i for i, learned in zip(rendered.ids, rendered.mask, strict=True) if learned]
+
+
 def rollout(tokenizer: Tokenizer, message: Message, reason: FinishReason = "stop") -> Rollout:
-    ids = answer_ids(message, tokenizer)
+    ids = spoken(message, tokenizer)
     completion = Completion(prompt_ids=[0], ids=ids, logps=[0.0] * len(ids), finish_reason=reason)
     return Rollout(problem=OWN[0], completion=completion, message=parse(ids, tokenizer))
 
@@ -53,7 +59,7 @@ class Scripted:
         self.n_calls += 1
         said, self.answers = self.answers[: len(prompts)], self.answers[len(prompts) :]
         return [
-            Completion(prompt_ids=prompt, ids=(ids := answer_ids(m, self.tokenizer)), logps=[0.0] * len(ids),
+            Completion(prompt_ids=prompt, ids=(ids := spoken(m, self.tokenizer)), logps=[0.0] * len(ids),
                        finish_reason=reason)
             for prompt, (m, reason) in zip(prompts, said, strict=True)
         ]  # fmt: skip

@@ -23,6 +23,7 @@ from abyssal.evals.tasks import EvalConfig, mean_accuracy
 from abyssal.model.transformer import Transformer
 from abyssal.reward.verifiers import Verifiers
 from abyssal.rollout import sample_answers
+from abyssal.tokens.bpe import THINK
 from abyssal.tokens.chat import parse
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Completion, Problem, Rollout, SamplingParams
@@ -77,7 +78,7 @@ def within(
 
 def cut(ids: list[int], budget: int, tokenizer: Tokenizer) -> list[int] | None:
     """<think>, `budget` tokens of thinking, </think>; None for an answer that keeps within the budget by itself."""
-    if not ids or ids[0] != tokenizer.think_id:
+    if not ids or ids[0] != tokenizer.find(THINK):
         return None
     thought = ids[1:]
     ends = [thought.index(mark) for mark in (tokenizer.end_think_id, tokenizer.eos_id) if mark in thought]
@@ -114,6 +115,6 @@ def point(
 
 def n_thought(ids: list[int], tokenizer: Tokenizer) -> int:
     """Tokens between <think> and </think>, or the end where it was not closed."""
-    if not ids or ids[0] != tokenizer.think_id:
+    if not ids or ids[0] != tokenizer.find(THINK):
         return 0
     return (ids.index(tokenizer.end_think_id) if tokenizer.end_think_id in ids else len(ids)) - 1

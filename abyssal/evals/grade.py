@@ -37,7 +37,9 @@ def grade(rollouts: list[Rollout], verifiers: Verifiers, tokenizer: Tokenizer) -
     grades = []
     for rollout, truncated in zip(rollouts, cut_off, strict=True):
         problem, message, completion = rollout.problem, rollout.message, rollout.completion
-        tags_ok = thinking_tags_ok(completion.ids, think_id=tokenizer.think_id, end_think_id=tokenizer.end_think_id)
+        tags_ok = not tokenizer.has_thinking or thinking_tags_ok(
+            completion.ids, think_id=tokenizer.think_id, end_think_id=tokenizer.end_think_id
+        )
         accuracy, error = (0.0, None) if truncated else next(scores)
         form = well_formed(problem, message, tags_ok=tags_ok and not truncated).value
         language = language_consistency(problem, message).value

@@ -74,10 +74,17 @@ def write_pairs(path: Path, pairs: dict[str, list[Pair]]) -> None:
     with partial.open("w", encoding="utf-8") as file:
         for split, of_split in pairs.items():
             for pair in of_split:
-                file.write(json.dumps({"split": split} | asdict(pair), ensure_ascii=False) + "\n")
+                file.write(json.dumps({"split": split} | entry_of(pair), ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def entry_of(pair: Pair) -> dict[str, Any]:
+    entry = asdict(pair)
+    for side in ("chosen", "rejected"):  # answers that call no tools
+        entry[side] = {key: entry[side][key] for key in ("role", "content", "thinking")}
+    return entry
 
 
 def read_pairs(path: Path) -> dict[str, list[Pair]]:

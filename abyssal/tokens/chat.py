@@ -1,25 +1,24 @@
-"""The chat template, the only one: a conversation to ids and back.
+"""The chat template, the only one: a conversation to ids and back, in the dialect that the tokenizer speaks.
 
     <bos>system<｜User｜>question<｜Assistant｜><think>thinking</think>answer<eos><｜User｜>...
 
-A foreign vocabulary with ChatML's marks keeps its own: <|im_start|>user, a line break, question<|im_end|>, and so on.
+Ours (dialects.py); a model of somebody else's keeps its own, one of those we know or the Jinja template in its files
+(jinja_template.py). SFT, RL, evaluation and chat all render and parse here.
 
-Owns where control tokens stand. They are inserted here as ids; text is encoded piece by piece and cannot spell one. The
-Jinja form for other libraries has to work on one string, so there typed control strings do become control tokens.
+Owns how pieces become ids. Control tokens are inserted as ids; text is encoded apart from them and cannot spell one.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
-from abyssal.tokens.bpe import ASSISTANT, CHATML_END, CHATML_START, END_THINK, THINK, USER
+from abyssal.tokens.bpe import END_THINK, THINK
+from abyssal.tokens.pieces import KeepThinking, Piece, Read, Request, ThinkingMode
 from abyssal.types import Conversation, Message
 
 if TYPE_CHECKING:
     from abyssal.tokens.tokenizer import Tokenizer
-
-KeepThinking = Literal["last", "none", "all"]
-ThinkingMode = Literal["auto", "on", "off"]
 
 
 class Rendered(NamedTuple):
@@ -36,11 +35,13 @@ def render(
     add_generation_prompt: bool = False,
     keep_thinking: KeepThinking = "last",
     thinking: ThinkingMode = "auto",
+    tools: Sequence[dict[str, Any]] = (),
 ) -> Rendered:
     """A conversation as ids.
 
     `keep_thinking="last"` keeps the thinking of an assistant turn only while nothing follows it. `thinking` shapes the
-    generation prompt: "auto" leaves it to the model, "on" opens <think> for it, "off" closes it at once.
+    generation prompt: "auto" leaves it to the model or to the template's own default, "on" has the model think, "off"
+    keeps it from thinking. `tools` are JSON schemas of functions, for the dialects that describe them themselves.
     """
     if keep_thinking not in get_args(KeepThinking):
         raise ValueError(f"keep_thinking={keep_thinking!r}; use one of {get_args(KeepThinking)}")
@@ -48,71 +49,75 @@ def render(
         raise ValueError(f"thinking={thinking!r}; use one of {get_args(ThinkingMode)}")
     if not conversation:
         raise ValueError("the conversation is empty; give it at least one message")
-    system = "\n\n".join(message.content for message in conversation if message.role == "system")
-    turns = [message for message in conversation if message.role != "system"]
+    request = Request(
+        conversation=conversation,
+        add_generation_prompt=add_generation_prompt,
+        keep_thinking=keep_thinking,
+        thinking=thinking,
+        tools=tools,
+        bos=tokenizer.bos_name,
+        eos=tokenizer.eos_name,
+        can_think=tokenizer.has_thinking,
+    )
+    return to_ids(tokenizer.dialect.pieces(request), tokenizer)
 
-    ids = opening(system, tokenizer)
-    mask = [0] * len(ids)
-    for i, turn in enumerate(turns):
-        is_last = i == len(turns) - 1 and not add_generation_prompt
-        keep = keep_thinking == "all" or (keep_thinking == "last" and is_last)
-        if turn.role == "user":
-            piece = asked(turn.content, tokenizer)
-            ids += piece
-            mask += [0] * len(piece)
-        elif turn.role == "assistant":
-            piece = answer_ids(turn if keep else Message(role="assistant", content=turn.content), tokenizer)
-            mark, gap = assistant_mark(tokenizer), [] if is_last else after_answer(tokenizer)
-            ids += [*mark, *piece, *gap]
-            mask += [0] * len(mark) + [1] * len(piece) + [0] * len(gap)
-        else:
-            raise ValueError(f"a message has the role {turn.role!r}; the template knows system, user and assistant")
-    if add_generation_prompt:
-        prompt = assistant_mark(tokenizer)
-        if thinking != "auto":
-            prompt.append(tokenizer.think_id if thinking == "on" else tokenizer.end_think_id)
-        ids += prompt
-        mask += [0] * len(prompt)
+
+def to_ids(pieces: list[Piece], tokenizer: Tokenizer) -> Rendered:
+    """Control tokens by name, and the text between two of them encoded as one."""
+    ids: list[int] = []
+    mask: list[int] = []
+    start = 0
+    for end, piece in enumerate([*pieces, None]):
+        if piece is not None and not piece.is_control:
+            continue
+        before, behind = pieces[start - 1] if start else None, piece
+        run = _fitted(pieces[start:end], before, behind, tokenizer)
+        for new, learned in _run_ids(run, tokenizer, is_first=not ids):
+            ids += new
+            mask += [int(learned)] * len(new)
+        if piece is not None:
+            ids.append(tokenizer.token_id(piece.text))
+            mask.append(int(piece.learned))
+        start = end + 1
     return Rendered(ids, mask)
 
 
-def opening(system: str, tokenizer: Tokenizer) -> list[int]:
-    """What stands before the first turn."""
-    if tokenizer.is_chatml:
-        return chatml_turn("system", system, tokenizer) if system else []
-    return [tokenizer.bos_id, *tokenizer.encode(system)]
+def _fitted(run: list[Piece], before: Piece | None, behind: Piece | None, tokenizer: Tokenizer) -> list[Piece]:
+    """Without the blanks that a control token beside it takes for itself: some vocabularies have such."""
+    fitted = list(run)
+    if before is not None and before.text in tokenizer.takes_blanks_behind:
+        for i, piece in enumerate(fitted):
+            fitted[i] = piece._replace(text=piece.text.lstrip())
+            if fitted[i].text:
+                break
+    if behind is not None and behind.text in tokenizer.takes_blanks_before:
+        for i, piece in reversed([*enumerate(fitted)]):
+            fitted[i] = piece._replace(text=piece.text.rstrip())
+            if fitted[i].text:
+                break
+    return fitted
 
 
-def asked(question: str, tokenizer: Tokenizer) -> list[int]:
-    """A user's turn."""
-    if tokenizer.is_chatml:
-        return chatml_turn("user", question, tokenizer)
-    return [tokenizer.user_id, *tokenizer.encode(question)]
+def _run_ids(run: list[Piece], tokenizer: Tokenizer, *, is_first: bool) -> list[tuple[list[int], bool]]:
+    """The ids of text without control tokens, cut where the assistant begins or ends to speak.
 
-
-def assistant_mark(tokenizer: Tokenizer) -> list[int]:
-    """What the assistant's turn opens with, before it says anything."""
-    if tokenizer.is_chatml:
-        return [tokenizer.token_id(CHATML_START), *tokenizer.encode("assistant\n")]
-    return [tokenizer.assistant_id]
-
-
-def after_answer(tokenizer: Tokenizer) -> list[int]:
-    """What stands between an answer's end token and the next turn."""
-    return tokenizer.encode("\n") if tokenizer.is_chatml else []
-
-
-def chatml_turn(role: str, content: str, tokenizer: Tokenizer) -> list[int]:
-    body = tokenizer.encode(f"{role}\n{content}")
-    return [tokenizer.token_id(CHATML_START), *body, tokenizer.token_id(CHATML_END), *tokenizer.encode("\n")]
-
-
-def answer_ids(answer: Message, tokenizer: Tokenizer) -> list[int]:
-    """What the assistant itself writes: thinking between its marks, content, end token. `parse` undoes it."""
-    ids = []
-    if answer.thinking is not None:
-        ids += [tokenizer.think_id, *tokenizer.encode(answer.thinking), tokenizer.end_think_id]
-    return [*ids, *tokenizer.encode(answer.content), tokenizer.eos_id]
+    Ids before a cut are what they are without what follows, since a prompt has to be the beginning of its answer.
+    """
+    merged: list[Piece] = []
+    for piece in run:
+        if merged and merged[-1].learned == piece.learned:
+            merged[-1] = piece._replace(text=merged[-1].text + piece.text)
+        elif piece.text:
+            merged.append(piece)
+    out: list[tuple[list[int], bool]] = []
+    text, done = "", list[int]()
+    for piece in merged:
+        text += piece.text
+        whole = tokenizer.encode(text) if is_first else tokenizer.encode_after(text)
+        new = whole[len(done) :] if whole[: len(done)] == done else tokenizer.encode_after(piece.text)
+        done = [*done, *new]
+        out.append((new, piece.learned))
+    return out
 
 
 def parse(ids: list[int], tokenizer: Tokenizer, *, thinking_open: bool = False) -> Message:
@@ -120,16 +125,46 @@ def parse(ids: list[int], tokenizer: Tokenizer, *, thinking_open: bool = False) 
 
     Thinking counts only where an answer opens with it; a control token anywhere else stays in the text, spelled out, so
     that a reward can see it. Thinking that was never closed is all thinking, with content "". `thinking_open` says that
-    the prompt ended in <think>.
+    the prompt ended inside thinking (`opens_thinking`). Tool calls are read in the tokenizer's dialect; what is none
+    stays in the text too.
     """
-    if tokenizer.eos_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_id)]
-    if not thinking_open:
-        if not ids or ids[0] != tokenizer.find(THINK):
-            return Message(role="assistant", content=tokenizer.decode(ids))
-        ids = ids[1:]
-    end = ids.index(tokenizer.end_think_id) if tokenizer.end_think_id in ids else len(ids)
-    return Message(role="assistant", thinking=tokenizer.decode(ids[:end]), content=tokenizer.decode(ids[end + 1 :]))
+    ends = tokenizer.end_ids
+    ids = ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+    thinking = None
+    if not thinking_open and ids and ids[0] == tokenizer.find(THINK):
+        ids, thinking_open = ids[1:], True
+        opened = tokenizer.encode_after(tokenizer.dialect.after_think)
+        ids = ids[len(opened) :] if ids[: len(opened)] == opened else ids
+    if thinking_open:
+        end = ids.index(tokenizer.end_think_id) if tokenizer.end_think_id in ids else len(ids)
+        thinking, ids = tokenizer.decode(ids[:end]), ids[end + 1 :]
+    found = None
+    if not tokenizer.control_ids.isdisjoint(ids):
+        found = tokenizer.dialect.read(spelled(ids, tokenizer))
+    content, calls = found or Read(tokenizer.decode(ids))
+    return Message(role="assistant", content=content, thinking=thinking, tool_calls=calls)
+
+
+def spelled(ids: list[int], tokenizer: Tokenizer) -> list[Piece]:
+    """Ids as control tokens and the text between them."""
+    pieces: list[Piece] = []
+    text: list[int] = []
+    for token in [*ids, None]:
+        if token is not None and token not in tokenizer.control_ids:
+            text.append(token)
+            continue
+        if text:
+            pieces.append(Piece(tokenizer.decode(text)))
+            text = []
+        if token is not None:
+            pieces.append(Piece(tokenizer.decode([token]), is_control=True))
+    return pieces
+
+
+def opens_thinking(prompt_ids: list[int], tokenizer: Tokenizer) -> bool:
+    """Whether a prompt ends inside thinking, so that an answer begins there."""
+    marks = {tokenizer.find(THINK): True, tokenizer.find(END_THINK): False, tokenizer.eos_id: False}
+    return next((marks[token] for token in reversed(prompt_ids) if token in marks), False)
 
 
 def split_thinking(text: str) -> tuple[str | None, str]:
@@ -142,49 +177,3 @@ def split_thinking(text: str) -> tuple[str | None, str]:
         raise ValueError(f"{opens} {THINK} and {closes} {END_THINK} in one answer; open it with exactly one pair")
     thinking, content = body.removeprefix(THINK).split(END_THINK)
     return thinking, content
-
-
-def chat_template(*, chatml: bool = False) -> str:
-    """`render` as Jinja, for the libraries that load the directory: the same ids for text without control strings.
-
-    Takes `thinking` ("auto", "on", "off", or a boolean) and `keep_thinking`. An earlier answer loses what stands
-    before </think> in it, since clients send back what they were shown.
-    """
-    system = "messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\\n\\n')"
-    if chatml:
-        open_system, close_system = f"'{CHATML_START}system\\n' + ", f" + '{CHATML_END}\\n'"
-        begin = f"{{%- set said = {system} -%}}{{%- if said -%}}"
-        begin += f"{{{{- {open_system}said{close_system} -}}}}{{%- endif -%}}"
-        user, user_end, assistant = f"{CHATML_START}user\\n", f" + '{CHATML_END}\\n'", f"{CHATML_START}assistant\\n"
-        after = "{%- if not loop.last or add_generation_prompt -%}{{- '\\n' -}}{%- endif -%}"
-    else:
-        begin, user, user_end, assistant, after = f"{{{{- bos_token + ({system}) -}}}}", USER, "", ASSISTANT, ""
-    return "".join(
-        (
-            "{%- set keep = keep_thinking | default('last') -%}",
-            "{%- set mode = thinking | default('auto') -%}",
-            begin,
-            "{%- for m in messages if m['role'] != 'system' -%}",
-            "{%- if m['role'] == 'user' -%}",
-            "{{- '" + user + "' + m['content']" + user_end + " -}}",
-            "{%- elif m['role'] == 'assistant' -%}",
-            "{{- '" + assistant + "' -}}",
-            "{%- if keep == 'all' or (keep == 'last' and loop.last and not add_generation_prompt) -%}",
-            "{%- set thought = m['thinking'] if m['thinking'] is string else m['reasoning_content'] -%}",
-            "{%- if thought is string -%}{{- '" + THINK + "' + thought + '" + END_THINK + "' -}}{%- endif -%}",
-            "{{- m['content'] + eos_token -}}",
-            "{%- else -%}",
-            "{{- m['content'].split('" + END_THINK + "')[-1] + eos_token -}}",
-            "{%- endif -%}",
-            after,
-            "{%- else -%}",
-            "{{- raise_exception('the template knows the roles system, user and assistant, not ' + m['role']) -}}",
-            "{%- endif -%}",
-            "{%- endfor -%}",
-            "{%- if add_generation_prompt -%}",
-            "{{- '" + assistant + "' -}}",
-            "{%- if mode == 'on' or mode is sameas true -%}{{- '" + THINK + "' -}}",
-            "{%- elif mode == 'off' or mode is sameas false -%}{{- '" + END_THINK + "' -}}{%- endif -%}",
-            "{%- endif -%}",
-        )
-    )

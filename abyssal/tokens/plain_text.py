@@ -30,6 +30,8 @@ class PlainText:
             for token in spec["added_tokens"]
             if token["special"] or token["content"] in roles or not MARKS.isdisjoint(token["content"])
         }
+        self.takes_blanks_before = {token["content"] for token in spec["added_tokens"] if token["lstrip"]}
+        self.takes_blanks_behind = {token["content"] for token in spec["added_tokens"] if token["rstrip"]}
         # what stands for letters that the vocabulary does not have comes from text, and marks nothing
         unknown = self.control.get(_unknown_token(spec) or "", -1)
         self.control_ids = frozenset(self.control.values()) - {unknown}

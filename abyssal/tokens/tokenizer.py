@@ -29,8 +29,9 @@ from abyssal.tokens.bpe import (
     THINK,
     USER,
 )
-from abyssal.tokens.chat import chat_template
+from abyssal.tokens.pieces import Dialect
 from abyssal.tokens.plain_text import PlainText, encoded, unlimited
+from abyssal.tokens.recognise import dialect_of, marked, template_of
 from abyssal.tokens.tokenizer_files import ROLES, read_backend, read_config, template_text, token_name, write_whole
 
 
@@ -130,15 +131,56 @@ class Tokenizer:
 
     @property
     def template(self) -> str | None:
-        """The chat template as Jinja, for other libraries; None where neither files nor vocabulary have one."""
-        if USER in self._text.control or self.is_chatml:
-            return chat_template(chatml=self.is_chatml)
-        return template_text(self._config.get("chat_template"))
+        """The chat template as Jinja, for other libraries: that of the files, else the one that the marks stand for."""
+        return template_text(self._config.get("chat_template")) or template_of(marked(set(self._text.control)))
+
+    @functools.cached_property
+    def dialect(self) -> Dialect:
+        """How conversations are written for the model that this tokenizer belongs to: read from its files."""
+        special = {
+            role: self._name_of(i) for role in (*ROLES, "unk_token") if (i := self.role_id(role)) is not None
+        }
+        template = template_text(self._config.get("chat_template"))
+        found = dialect_of(template, special=special, control=self.control_names)
+        if found is None:
+            raise ValueError(
+                "this tokenizer has no chat template and no marks for turns; write chat_template into its "
+                "tokenizer_config.json, or continue plain text"
+            )
+        return found
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """What ends an answer: the end token, and what the dialect ends turns with."""
+        ends = self.dialect.ends if self.speaks else ()
+        return frozenset({self.eos_id, *(self.token_id(name) for name in ends if name in self._text.control)})
+
+    @property
+    def speaks(self) -> bool:
+        """Whether conversations can be written with it at all."""
+        return self.template is not None
+
+    @property
+    def bos_name(self) -> str:
+        return self._name_of(self.bos_id)
+
+    @property
+    def eos_name(self) -> str:
+        return self._name_of(self.eos_id)
 
     @property
     def control_ids(self) -> frozenset[int]:
         """All ids that no text can become."""
         return self._text.control_ids
+
+    @property
+    def takes_blanks_before(self) -> set[str]:
+        """Control tokens that swallow the blanks before them, as their file says."""
+        return self._text.takes_blanks_before
+
+    @property
+    def takes_blanks_behind(self) -> set[str]:
+        return self._text.takes_blanks_behind
 
     @property
     def control_names(self) -> list[str]:
@@ -214,6 +256,9 @@ class Tokenizer:
     @property
     def fim_end_id(self) -> int:
         return self.token_id(FIM_END)
+
+    def _name_of(self, token: int) -> str:
+        return next(name for name, i in self._text.control.items() if i == token)
 
     @functools.cached_property
     def _open(self) -> tokenizers.Tokenizer:

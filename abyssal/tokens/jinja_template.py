@@ -1,0 +1,177 @@
+"""A dialect that is none of ours: the Jinja template in a model's own files, run as it stands.
+
+The template sees a message as letters of a private alphabet (opaque.py): it can put it anywhere, trim it and write it
+as JSON, and whatever a message spells, no control token comes of it. A template that reads what is said, to change it
+or to leave it out, is refused in one line. It runs in a process of its own (template_process.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from os.path import commonprefix
+from typing import NamedTuple
+
+from abyssal.tokens.opaque import Letters, is_hidden
+from abyssal.tokens.pieces import Piece, Read, Request
+from abyssal.tokens.template_context import Style, as_json, context_of, texts_of
+from abyssal.tokens.template_process import Outcome, TemplateProcess
+from abyssal.tokens.tool_calls import read_tagged
+from abyssal.types import Message
+
+MAX_TEMPLATE_CHARS = 1 << 18  # the longest published ones have a twentieth
+ITS = "the chat template in the model's files"
+PROBE = [
+    Message(role="user", content='Is 2 > 1?\nSay "Yes", please.'),
+    Message(role="assistant", content="Yes, It is."),
+    Message(role="user", content=" Why,  then? "),
+]
+
+
+class Probed(NamedTuple):
+    """What a template did with a conversation of which everything is known."""
+
+    error: str | None
+    end: str | None  # the token behind an answer
+
+
+class JinjaDialect:
+    """`special` are the named tokens that templates may use (bos_token ...); `control` all that a vocabulary has."""
+
+    name = "jinja"
+    switches = True
+    after_think = ""
+
+    def __init__(self, template: str, *, special: dict[str, str], control: Sequence[str], cpu_s: float = 2.0) -> None:
+        self.special = special
+        self._process = TemplateProcess(template, cpu_s=cpu_s)
+        names = sorted((name for name in control if name and not any(map(is_hidden, name))), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._refused: str | None = None
+        if len(template) > MAX_TEMPLATE_CHARS:
+            self._refused = f"it has {len(template)} characters"
+        elif any(map(is_hidden, template)):
+            self._refused = "it uses letters of Unicode's private planes"
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        return (self._probed.end,) if self._probed.end is not None else ()
+
+    def pieces(self, request: Request) -> list[Piece]:
+        if self._probed.error is not None:
+            raise ValueError(self._probed.error)
+        letters = Letters(texts_of(request))
+        text = self._arranged(request, letters)
+        _nothing_left_out(request, text, letters)
+        learned = [] if request.add_generation_prompt else self._learned(request, text, letters)
+        return list(self._cut(text, learned, letters))
+
+    def read(self, answer: list[Piece]) -> Read | None:
+        return read_tagged(answer)
+
+    def close(self) -> None:
+        """End the process; a new one is started when it is needed again."""
+        self._process.close()
+
+    def outcomes(self, requests: list[Request], letters: Letters | None = None) -> list[Outcome]:
+        """What the template makes of each. Without `letters` it sees everything as it is spelled."""
+        if self._refused is not None:
+            return [Outcome(None, self._refused)] * len(requests)
+        found = self._rendered(requests, letters, "transformers")
+        retried = [
+            k for k, request in enumerate(requests)
+            if found[k].text is None and any(turn.tool_calls for turn in request.turns)
+        ]  # fmt: skip
+        again = self._rendered([requests[k] for k in retried], letters, "openai") if retried else []
+        for k, outcome in zip(retried, again, strict=True):
+            found[k] = found[k] if outcome.text is None else outcome
+        return found
+
+    def _rendered(self, requests: list[Request], letters: Letters | None, style: Style) -> list[Outcome]:
+        hide = letters.hide if letters is not None else lambda text: text
+        jobs = [context_of(request, self.special, hide, style=style) for request in requests]
+        n_chars = max(sum(map(len, texts_of(request))) for request in requests)
+        return self._process.render(
+            jobs, letters=letters.table if letters is not None else "", max_chars=(1 << 18) + 8 * n_chars
+        )
+
+    @functools.cached_property
+    def _probed(self) -> Probed:
+        letters = Letters(message.content for message in PROBE)
+        whole = Request(conversation=PROBE, add_generation_prompt=True)
+        (plain,) = self.outcomes([whole])
+        hidden, answered = self.outcomes([whole, Request(conversation=PROBE[:2])], letters)
+        if plain.text is None or hidden.text is None or answered.text is None:
+            why = plain.error or hidden.error or answered.error
+            return Probed(f"{ITS} does not work: {why}; put another into tokenizer_config.json", None)
+        if letters.show(hidden.text) != plain.text:
+            return Probed(f"{ITS} changes what messages say; put another into tokenizer_config.json", None)
+        begin = answered.text.rfind(letters.hide(PROBE[1].content))
+        end = self._control.search(answered.text, begin) if begin >= 0 else None
+        return Probed(None, end[0] if end else None)
+
+    def _arranged(self, request: Request, letters: Letters) -> str:
+        """The conversation as one text, messages hidden in it."""
+        (outcome,) = self.outcomes([request], letters)
+        if outcome.text is None:
+            raise ValueError(f"{ITS} refuses this conversation: {outcome.error}")
+        if request.tools:
+            (without,) = self.outcomes([replace(request, tools=())], letters)
+            if without.text == outcome.text:
+                raise ValueError(f"{ITS} describes no tools; describe them in the system message")
+        if request.add_generation_prompt and request.thinking != "auto" and request.can_think:
+            (without,) = self.outcomes([replace(request, thinking="auto")], letters)
+            if without.text == outcome.text:
+                raise ValueError(f"thinking={request.thinking!r}, and {ITS} has no switch for it; use 'auto'")
+        return outcome.text
+
+    def _learned(self, request: Request, text: str, letters: Letters) -> list[tuple[int, int]]:
+        """Where the assistant speaks: from the end of the prompt for it to the token that ends an answer."""
+        places = [i for i, message in enumerate(request.conversation) if message.role == "assistant"]
+        if not places:
+            return []
+        if places[0] == 0:
+            raise ValueError("the assistant speaks first, and nothing says where its part begins; begin with the user")
+        if self._probed.end is None:
+            raise ValueError(f"{ITS} ends answers with no token, so nobody could learn to end one; use another")
+        before = [replace(request, conversation=request.conversation[:i]) for i in places]
+        prompted = [replace(one, add_generation_prompt=True) for one in before]
+        found = self.outcomes([*before, *prompted], letters)
+        spans = []
+        for bare, prompt in zip(found[: len(places)], found[len(places) :], strict=True):
+            if bare.text is None or prompt.text is None:
+                raise ValueError(f"{ITS} refuses a part of this conversation: {bare.error or prompt.error}")
+            start = len(commonprefix([prompt.text, text]))
+            end = text.find(self._probed.end, start)
+            if start < len(commonprefix([bare.text, prompt.text])) or end < 0:
+                raise ValueError(f"{ITS} writes earlier turns anew when an answer follows; train on one turn at a time")
+            cut = next((m.start() for m in self._control.finditer(text) if m.start() < start < m.end()), start)
+            spans.append((cut, end + len(self._probed.end)))
+        return spans
+
+    def _cut(self, text: str, learned: list[tuple[int, int]], letters: Letters) -> Iterator[Piece]:
+        """Control tokens where the template wrote them, and the text between, messages in their own letters again."""
+        edges = sorted({0, len(text), *(place for span in learned for place in span)})
+        marks = [*self._control.finditer(text)]
+        cuts = sorted({*edges, *(place for mark in marks for place in mark.span())})
+        control = {mark.start() for mark in marks}
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            is_learned = any(a <= start < b for a, b in learned)
+            yield Piece(letters.show(text[start:end]), start in control, is_learned)
+
+
+def _nothing_left_out(request: Request, text: str, letters: Letters) -> None:
+    """Every message stands in the text, and the thinking that was asked for."""
+    i = 0
+    for message in request.conversation:
+        parts = [(f"what the {message.role} says", message.content)]
+        parts += [("a tool call", call.name) for call in message.tool_calls]
+        if message.role != "system":
+            parts.append(("the thinking of an answer (keep_thinking='none' leaves it out)", request.thought(i) or ""))
+            i += 1
+        for what, part in parts:
+            core = part.strip()
+            if letters.hide_all(core) not in text and letters.hide_all(as_json(core)) not in text:
+                raise ValueError(f"{ITS} leaves out {what}; put another into tokenizer_config.json")
