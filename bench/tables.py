@@ -170,6 +170,25 @@ def grpo_table() -> list[str]:
     return lines
 
 
+def load_table() -> list[str]:
+    """The last line of each shape: the fastest run and the highest peaks."""
+    path = RESULTS / "load.jsonl"
+    if not path.is_file():
+        return ["Not measured yet."]
+    titles = ("BF16 checkpoint", "shards", "who", "loaded", "and every weight read", "peak", "of its own", "allowed")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in {row["preset"]: row for row in rows}.values():
+        for who in ("abyssal", "transformers"):
+            loaded, read = (min(run[key] for run in row[who]) for key in ("seconds", "seconds_with_touch"))
+            peak, own = (max(run[key] for run in row[who]) / 1e9 for key in ("peak", "peak_own"))
+            lines.append(
+                f"| `{row['preset']}`, {row['bytes'] / 1e9:.1f} GB | {row['shard'] / 1e9:.1f} GB | {who} "
+                f"| {loaded:.0f} s | {read:.0f} s | {peak:.1f} GB | {own:.1f} GB | {row['at_most'] / 1e9:.1f} GB |"
+            )
+    return lines
+
+
 def ablation_tables() -> list[str]:
     return ablation_lines(RESULTS / "ablations")
 
@@ -189,6 +208,7 @@ TABLES = {
     "budget": budget_table,
     "bench": bench_table,
     "grpo": grpo_table,
+    "load": load_table,
     "ablations": ablation_tables,
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fp8_files import fp8_checkpoint
 from gguf_files import converted, described, small_vocabulary, write_file
 from official_configs import OFFICIAL
 from safetensors.torch import load_file, save_file
@@ -148,6 +149,20 @@ def test_an_absent_mtp_layer_is_a_note(checkpoint: Path, capsys: pytest.CaptureF
     out, err = capsys.readouterr()
     assert "note: " in out and "promises 1 MTP layers" in out and "none: it loads, but cannot be talked to" in out
     assert err == ""
+
+
+def test_of_an_fp8_checkpoint_the_scales_are_read_and_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tensors = fp8_checkpoint(tmp_path / "fp8")
+    weights = sum(tensor.numel() for tensor in tensors.values() if tensor.dtype == torch.float8_e4m3fn)
+    assert dispatch(["import", "--check", str(tmp_path / "fp8")]) == 0
+    assert f"F8_E4M3 {weights:,}" in capsys.readouterr().out
+    tensors["model.layers.1.mlp.experts.2.up_proj.weight"].view(torch.uint8).fill_(0xFF)  # NaN, but nobody looks
+    save_file(tensors, tmp_path / "fp8" / "model.safetensors")
+    assert dispatch(["import", "--check", str(tmp_path / "fp8")]) == 0
+    tensors["model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"][1, 1] = torch.nan
+    save_file(tensors, tmp_path / "fp8" / "model.safetensors")
+    with pytest.raises(ValueError, match="experts.2.up_proj.weight_scale_inv has 1 scales that are no positive number"):
+        dispatch(["import", "--check", str(tmp_path / "fp8")])
 
 
 def test_a_gguf_file_goes_through_the_same_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +17,14 @@ from small_models import KINDS, random_prompts, small_model
 from abyssal.checkpoint import hf_directory as directory_room
 from abyssal.checkpoint import load as load_room
 from abyssal.checkpoint import safetensors_header as header_room
+from abyssal.checkpoint.convert import config_from_hf
 from abyssal.checkpoint.hf_directory import HfDirectory
 from abyssal.checkpoint.load import load_checkpoint
 from abyssal.checkpoint.safetensors_header import StoredTensor, read_header
 from abyssal.checkpoint.save import save_checkpoint
+from abyssal.checkpoint.tensor_names import official_views
 from abyssal.engine.engine import Engine
+from abyssal.model.transformer import Transformer
 from abyssal.progress import bytes_bar
 from abyssal.types import SamplingParams
 
@@ -133,6 +139,46 @@ def test_a_copy_is_compared_row_by_row(tmp_path: Path, monkeypatch: pytest.Monke
     save_file(tensors, tmp_path / "base" / "model.safetensors")
     with pytest.raises(ValueError, match="embed_tokens.weight differs from"):
         load_checkpoint(tmp_path / "base", dtype="bfloat16", weights="compute")
+
+
+PEAK_OF_LOADING = """
+import json, sys
+from abyssal.checkpoint.load import load_checkpoint
+
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+before = peak()
+model = load_checkpoint(sys.argv[1], dtype="bfloat16", weights="compute").model
+print(json.dumps([before, peak(), sum(tensor.nbytes for tensor in model.state_dict().values())]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to say how high memory rose")
+def test_loading_takes_the_memory_of_the_model_and_no_more_than_one_shard(tmp_path: Path):
+    """490 MB in shards of 100: a second copy of anything big would show."""
+    save_checkpoint(tmp_path / "small", small_model("gqa_dense"), None)
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    widths = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 40_000, "num_hidden_layers": 16}
+    with torch.device("meta"):
+        model = Transformer(config_from_hf(config | widths))
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, view in official_views(model).items():
+        if sum(tensor.nbytes for tensor in shards[-1].values()) + 2 * view.numel() > 100_000_000:
+            shards.append({})
+        shards[-1][name] = torch.zeros(view.shape, dtype=torch.bfloat16)
+    for number, shard in enumerate(shards):
+        save_file(shard, tmp_path / f"{number}.safetensors")
+    weight_map = {name: f"{number}.safetensors" for number, shard in enumerate(shards) for name in shard}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "config.json").write_text(json.dumps(config | widths))
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK_OF_LOADING, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    before, after, size = json.loads(run.stdout)
+    assert size > 450_000_000 and len(shards) > 4
+    assert size <= after - before + 10_000_000 and after - before <= 1.1 * (size + 100_000_000)
 
 
 def test_a_bar_is_shown_when_it_takes_long_and_only_on_a_terminal():
