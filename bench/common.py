@@ -166,7 +166,8 @@ def machine() -> dict[str, Any]:
     model_name = flags = ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        fields = dict(line.split("\t: ", 1) for line in cpuinfo.read_text().splitlines() if "\t: " in line)
+        lines = [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line]
+        fields = {name.strip(): value.strip() for name, value in lines}
         model_name = fields.get("model name", "")
         flags = " ".join(f for f in fields.get("flags", "").split() if f.startswith(("avx", "amx")))
     return {

@@ -163,7 +163,7 @@ def grpo_table() -> list[str]:
     for row in {(row["size"], row["dtype"], row["threads"]): row for row in rows}.values():
         lines.append(
             f"| {row['size']}, {row['problems']} x {row['answers']} answers of {row['new_tokens']} tokens "
-            f"| {row['dtype']} | {row['threads']} | {max(row['ours_samples_per_s']):.1f} "
+            f"| {row['dtype']} | {row['threads']}, {row['clock']} time | {max(row['ours_samples_per_s']):.1f} "
             f"| {max(row['theirs_samples_per_s']):.1f} | **{row['ratio']:.2f}** "
             f"| {row['ratio_min']:.2f} to {row['ratio_max']:.2f} |"
         )
