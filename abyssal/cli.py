@@ -36,7 +36,7 @@ abyssal: from raw text to a reasoning model
   abyssal chat DIR [--prompt TEXT ...]                talk to a checkpoint: out/laptop/r1, a GGUF file, smollm2
   abyssal report RUN_DIR                              write RUN_DIR/report.html again
   abyssal import DIR [--check]                        what a checkpoint is, and whether it would load
-  abyssal convert DIR --to mla [--latent 64,128 ...]  latent attention from GQA: exact, or DeepSeek-V3's shape
+  abyssal convert DIR --to mla|moe|mla,moe ...        latent attention from GQA, experts from a dense model; the cost
   abyssal presets [NAME]                              published shapes and their sizes; one as a config.json
 
 Add --help to any of them. runs/ holds recipes; every field of a recipe can be overridden on the command line.

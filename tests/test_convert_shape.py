@@ -51,7 +51,7 @@ def test_exact(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     converted(home, "--to", "mla", "--out", tmp_path / "out")
     before, after = table(capsys)
     assert before[0] == "llama" and after[:3] == ["abyssal_mla_dense,", "exact", "16"]
-    assert before[-1] == after[-1] and before[-5] == after[-5] == "128"  # perplexity; 2 layers x 32 numbers x 2 bytes
+    assert before[-1] == after[-1] and before[4] == after[5] == "128"  # perplexity; 2 layers x 32 numbers x 2 bytes
     ids_BT = torch.arange(40).view(2, 20)
     a, b = (load_checkpoint(path).model for path in (home / "gqa", tmp_path / "out"))
     torch.testing.assert_close(b.logits(b.hidden(ids_BT)), a.logits(a.hidden(ids_BT)), atol=1e-5, rtol=0)
@@ -61,10 +61,10 @@ def test_several_widths_healed(home: Path, tmp_path: Path, capsys: pytest.Captur
     healing = ("--heal-steps", "2,6", "--heal-rows", 2, "--heal-lr", 3e-3)
     converted(home, "--to", "mla", "--latent", "4,12", *healing, "--out", tmp_path / "out")
     rows = table(capsys)
-    assert [(row[0], row[1], row[2]) for row in rows] == [
+    assert [(row[0], row[1], row[3]) for row in rows] == [
         ("llama", "-", "0"), *[("deepseek_v3", latent, n) for latent in ("4", "12") for n in ("0", "2", "6")],
     ]  # fmt: skip
-    assert [row[3] for row in rows[1::3]] == ["48", "80"]  # bytes: 2 layers x (latent + 8) x 2
+    assert [row[4] for row in rows[1::3]] == ["48", "80"]  # bytes: 2 layers x (latent + 8) x 2
     for at in (1, 4):
         raw, healed = float(rows[at][-1]), float(rows[at + 2][-1])
         assert healed < raw
@@ -73,10 +73,27 @@ def test_several_widths_healed(home: Path, tmp_path: Path, capsys: pytest.Captur
         assert model_type(config) == "deepseek_v3" and config.kv_lora_rank == latent
 
 
+def test_experts_exact_and_with_latent_attention(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    converted(home, "--to", "moe", "--experts", 5, "--active", 5)
+    before, after = table(capsys)
+    assert after[:5] == ["abyssal_gqa_moe,", "exact", "-", "1+5/5", "0"] and before[-1] == after[-1]
+    assert after[-2] == f"{int(before[-2].replace(',', '')) + 2 * 5 * 33:,}"  # a router and its bias in each layer
+    split = ("--experts", 6, "--shared", 2, "--active", 3)
+    converted(home, "--to", "mla,moe", "--latent", 12, *split, "--out", tmp_path / "out", "--heal-steps", 4)
+    _, raw, healed = table(capsys)
+    assert raw[:4] == ["deepseek_v3", "12", "2+3/6", "0"] and float(healed[-1]) < float(raw[-1])
+    config = load_checkpoint(tmp_path / "out").config
+    assert model_type(config) == "deepseek_v3" and config.n_routed_experts == 6
+
+
 @pytest.mark.parametrize("source, arguments, says", [
     ("mla", ["--to", "mla"], "latent attention already"),
     ("gqa", ["--to", "gqa"], "--to gqa is no shape"),
     ("gqa", ["--to", "mla", "--latent", "26"], "use 2 to 25"),
+    ("gqa", ["--to", "moe", "--latent", "8"], "add mla to --to"),
+    ("gqa", ["--to", "mla", "--experts", "8"], "add moe to --to"),
+    ("gqa", ["--to", "moe"], "give --experts 2 or more"),
+    ("gqa", ["--to", "mla,moe", "--experts", "6", "--active", "2"], "do not divide"),
     ("gqa", ["--to", "mla", "--latent", "a,b"], "--latent a,b is no list"),
     ("gqa", ["--to", "mla", "--heal-steps", "50,20"], "write them in order"),
     ("gqa", ["--to", "mla", "--windows", "0"], "--windows 0 is less than one"),

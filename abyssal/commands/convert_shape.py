@@ -1,4 +1,5 @@
-"""`abyssal convert`: GQA becomes latent attention; what it costs and what healing gives back, in a table.
+"""`abyssal convert`: GQA becomes latent attention, a dense feed-forward experts; what that costs and what healing gives
+back, in a table.
 
 Owns the text, the measuring and the table. Does not own the surgery (surgery/) or the healing (stages/heal.py).
 Letters: B rows, T tokens, W windows.
@@ -26,23 +27,29 @@ from abyssal.data.corpus import encode_documents, open_source
 from abyssal.data.pack import pack_rows
 from abyssal.evals.perplexity import cut_windows, held_out_text, perplexity
 from abyssal.machine import Precision, keep_freed_memory
+from abyssal.model.config import ModelConfig
+from abyssal.model.moe import DenseFFN
 from abyssal.model.transformer import Transformer, count_parameters
 from abyssal.progress import bytes_bar, steps_bar
 from abyssal.stages.heal import HealConfig, heal
 from abyssal.surgery.calibrate import AttentionStatistics, attention_statistics, layer_inputs
 from abyssal.surgery.mla_from_gqa import attentions, exact_config, mla_from_gqa, v3_config
+from abyssal.surgery.moe_from_dense import moe_config, moe_from_dense, moe_weights
 from abyssal.tokens.tokenizer import Tokenizer
 
 PROG = "abyssal convert"
-ROW = "{:<26}  {:>6}  {:>12}  {:>17}  {:>9}  {:>17}  {:>10}"
-TITLES = ("shape", "latent", "steps healed", "cache bytes/token", "of before", "active parameters", "perplexity")
+ROW = "{:<24}  {:>6}  {:>9}  {:>6}  {:>17}  {:>9}  {:>17}  {:>10}"
+TITLES = ("shape", "latent", "experts", "healed", "cache bytes/token", "of before", "active parameters", "perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    directory: Annotated[Path, tyro.conf.Positional]  # a checkpoint with GQA or MHA: Llama, Qwen2, a student of ours
-    to: str  # mla
+    directory: Annotated[Path, tyro.conf.Positional]  # a checkpoint: Llama, Qwen2, a student of ours
+    to: str  # mla, from GQA or MHA; moe, from a dense feed-forward; or both: mla,moe
     latent: str = ""  # widths of deepseek_v3's latent, e.g. 64,128; without: the exact conversion, in a type of ours
+    experts: int = 0  # routed ones, that a feed-forward is split into
+    shared: int = 1  # that are always active, of the same size
+    active: int = 0  # routed ones for each token; all of them compute what the dense model does
     out: Path | None = None  # the directory to write; of several widths OUT/latent-WIDTH each
     text: str = "python"  # to calibrate and heal on: python, docs, debian:PACKAGE, a folder, a .jsonl
     held_out: Path | None = None  # a text file to measure on; without: Python's language reference
@@ -57,13 +64,21 @@ class ConvertOptions:
     dtype: Precision = "auto"
 
     def __post_init__(self) -> None:
-        if self.to != "mla":
-            raise ValueError(f"--to {self.to} is no shape to convert to; use mla")
+        if not self.to or not self.shapes <= {"mla", "moe"}:
+            raise ValueError(f"--to {self.to} is no shape to convert to; use mla, moe or mla,moe")
+        if self.latent and "mla" not in self.shapes:
+            raise ValueError(f"--latent {self.latent} is of latent attention; add mla to --to, or leave it out")
+        if self.experts and "moe" not in self.shapes:
+            raise ValueError(f"--experts {self.experts} is of a split feed-forward; add moe to --to, or leave it out")
         for name in ("calibration_tokens", "row_len", "windows", "heal_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is less than one")
         if self.steps != sorted(set(self.steps)) or min(self.steps, default=1) < 1:
             raise ValueError(f"--heal-steps {self.heal_steps} counts steps from the start; write them in order: 50,200")
+
+    @property
+    def shapes(self) -> set[str]:
+        return set(self.to.split(","))
 
     @property
     def latents(self) -> list[int]:
@@ -82,11 +97,19 @@ class Text(NamedTuple):
     held_out_WT: Tensor
 
 
+class Target(NamedTuple):
+    """`half`: attention is converted, or as it was, and the feed-forward still is."""
+
+    half: ModelConfig
+    config: ModelConfig
+
+
 class Row(NamedTuple):
     """A line of the table. The cache is in BF16, of all layers."""
 
     shape: str
     latent: int | None
+    experts: str
     steps: int
     cache_bytes: int
     cache_share: float
@@ -104,8 +127,8 @@ def print_table(rows: Iterable[Row]) -> None:
     print(ROW.format(*TITLES))
     for row in rows:
         latent, share = "-" if row.latent is None else str(row.latent), f"{100 * row.cache_share:.0f} %"
-        numbers = (latent, row.steps, f"{row.cache_bytes:,}", share, f"{row.active:,}", f"{row.perplexity:.3f}")
-        print(ROW.format(row.shape, *numbers), flush=True)
+        cost = (f"{row.cache_bytes:,}", share, f"{row.active:,}", f"{row.perplexity:.3f}")
+        print(ROW.format(row.shape, latent, row.experts, row.steps, *cost), flush=True)
 
 
 def conversions(options: ConvertOptions, console: Console) -> Iterator[Row]:
@@ -117,18 +140,20 @@ def conversions(options: ConvertOptions, console: Console) -> Iterator[Row]:
         )
     if tokenizer is None:
         raise FileNotFoundError(f"{path} has no tokenizer.json, by which text becomes ids; copy it there")
-    targets = [v3_config(config, latent=latent) for latent in options.latents] or [exact_config(config)]
+    targets = targets_of(config, options)
     text = read_text(options, tokenizer)
     original = measured(model, text, console, shape=model_type(config), steps=0)
     yield original
-    statistics = calibrated(model, text.calibration_BT, console) if options.latents else None
+    statistics, experts = calibrated(model, targets[0], text.calibration_BT, options, console)
     for target in targets:
-        student = mla_from_gqa(model, target, statistics)
-        shape = model_type(target) + ("" if statistics else ", exact")
+        student = convert_model(model, target, statistics, experts)
+        made = target.config
+        exact = not options.latents and made.num_experts_per_tok == made.n_routed_experts
+        shape = model_type(made) + (", exact" if exact else "")
         yield measured(student, text, console, shape=shape, steps=0, before=original)
         yield from healed(student, model, text, options, console, shape=shape, before=original)
         if options.out is not None:
-            out = options.out if len(targets) == 1 else options.out / f"latent-{target.kv_lora_rank}"
+            out = options.out if len(targets) == 1 else options.out / f"latent-{made.kv_lora_rank}"
             save_checkpoint(out, student, tokenizer)
 
 
@@ -183,6 +208,7 @@ def measured(
     return Row(
         shape=shape,
         latent=config.kv_lora_rank or None,
+        experts=experts_of(config),
         steps=steps,
         cache_bytes=cache_bytes,
         cache_share=1.0 if before is None else cache_bytes / before.cache_bytes,
@@ -191,15 +217,49 @@ def measured(
     )
 
 
-def calibrated(model: Transformer, rows_BT: Tensor, console: Console) -> list[AttentionStatistics]:
-    """What each layer's attention sees and says on these rows."""
-    found = []
-    with torch.inference_mode(), steps_bar("calibrating", console) as on_layer:
-        inputs = layer_inputs(model, rows_BT.to(model.embed_tokens.weight.device))
-        for attention, (_, attention_BTD, _) in zip(attentions(model), inputs, strict=True):
-            found.append(attention_statistics(model, attention, attention_BTD))
-            on_layer(len(found), len(model.layers))
-    return found
+def experts_of(config: ModelConfig) -> str:
+    """1+4/16: one shared, four of sixteen."""
+    if config.feed_forward == "dense":
+        return "-"
+    return f"{config.n_shared_experts}+{config.num_experts_per_tok}/{config.n_routed_experts}"
+
+
+def targets_of(config: ModelConfig, options: ConvertOptions) -> list[Target]:
+    """What is asked for, or the error that it would end in."""
+    halves = [config]
+    if "mla" in options.shapes:
+        halves = [v3_config(config, latent=latent) for latent in options.latents] or [exact_config(config)]
+    if "moe" not in options.shapes:
+        return [Target(half, half) for half in halves]
+    counts = {"experts": options.experts, "shared": options.shared, "active": options.active}
+    return [Target(half, moe_config(half, **counts)) for half in halves]
+
+
+def calibrated(
+    model: Transformer, target: Target, rows_BT: Tensor, options: ConvertOptions, console: Console
+) -> tuple[list[AttentionStatistics], list[dict[str, Tensor]]]:
+    """What each layer's attention sees and says on these rows, and its feed-forward dealt out; where it is wanted."""
+    statistics: list[AttentionStatistics] = []
+    experts: list[dict[str, Tensor]] = []
+    if not options.latents and "moe" not in options.shapes:
+        return statistics, experts
+    feed_forwards = [module for module in model.layers.modules() if isinstance(module, DenseFFN)]
+    with torch.no_grad(), steps_bar("calibrating", console) as on_layer:
+        for layer, attention_BTD, feed_forward_BTD in layer_inputs(model, rows_BT.to(model.embed_tokens.weight.device)):
+            if options.latents:
+                statistics.append(attention_statistics(model, attentions(model)[layer], attention_BTD))
+            if "moe" in options.shapes:
+                experts.append(moe_weights(feed_forwards[layer], feed_forward_BTD.flatten(0, 1), target.config))
+            on_layer(layer + 1, len(model.layers))
+    return statistics, experts
+
+
+def convert_model(
+    model: Transformer, target: Target, statistics: list[AttentionStatistics], experts: list[dict[str, Tensor]]
+) -> Transformer:
+    """A new model, the given one as it was."""
+    student = model if target.half == model.config else mla_from_gqa(model, target.half, statistics or None)
+    return moe_from_dense(student, target.config, experts) if experts else student
 
 
 def numbers(said: str, name: str) -> list[int]:

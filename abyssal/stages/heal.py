@@ -1,8 +1,9 @@
 """Healing: a converted model learns back, on some text, what the conversion cost. (TransMLA, LLaMA-MoE)
 
 The original is the teacher: the student follows its whole distribution at every place, which says far more of a token
-than which one came. Rows are used in order, so the same rows and steps give the same weights. Owns the loop; not the
-conversion (surgery/), the text or its measure (commands/convert_shape.py).
+than which one came. Rows are used in order, so the same rows and steps give the same weights. Routers stay as the
+conversion made them: their logits are so small that a few steps of AdamW would make the choice random. Owns the loop;
+not the conversion (surgery/), the text or its measure (commands/convert_shape.py).
 Letters: B rows, T tokens, N places, V vocabulary.
 """
 
@@ -38,6 +39,8 @@ def heal(student: Transformer, teacher: Transformer, rows_BT: Tensor, config: He
         student, kind="adamw", lr=0.0, adamw_lr=config.lr, weight_decay=config.weight_decay
     )
     device = student.embed_tokens.weight.device
+    for gate in student.gates():
+        gate.weight.requires_grad_(False)  # and so has no gradient, which an optimizer passes over
     for step in range(config.steps):
         places_B = (torch.arange(config.rows) + step * config.rows) % len(rows_BT)
         loss = 0.0
