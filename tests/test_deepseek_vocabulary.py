@@ -62,7 +62,7 @@ def v4() -> Tokenizer:
     return Tokenizer.load(v4_directory())
 
 
-@pytest.mark.parametrize("n_bytes", [1_000_000, pytest.param(6_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_bytes", [500_000, pytest.param(6_000_000, marks=pytest.mark.slow)])
 def test_our_cuts_give_the_ids_of_the_published_file(v4: Tokenizer, n_bytes: int):
     backend = tokenizers.Tokenizer.from_file(str(v4_directory() / "tokenizer.json"))
     backend.pre_tokenizer = pre_tokenizer(single_digits=True)

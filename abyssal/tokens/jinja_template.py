@@ -44,7 +44,7 @@ class JinjaDialect:
     switches = True
     after_think = ""
 
-    def __init__(self, template: str, *, special: dict[str, str], control: Sequence[str], cpu_s: float = 2.0) -> None:
+    def __init__(self, template: str, *, special: dict[str, str], control: Sequence[str], cpu_s: float = 1.0) -> None:
         self.special = special
         self._process = TemplateProcess(template, cpu_s=cpu_s)
         names = sorted((name for name in control if name and not any(map(is_hidden, name))), key=len, reverse=True)
@@ -71,6 +71,13 @@ class JinjaDialect:
     def read(self, answer: list[Piece]) -> Read | None:
         return read_tagged(answer)
 
+    def works(self, request: Request) -> bool:
+        """Whether it writes this at all; if not it is not tried again."""
+        (outcome,) = self.outcomes([request])
+        if outcome.text is None:
+            self._refused = outcome.error
+        return outcome.text is not None
+
     def close(self) -> None:
         """End the process; a new one is started when it is needed again."""
         self._process.close()
@@ -82,7 +89,7 @@ class JinjaDialect:
         found = self._rendered(requests, letters, "transformers")
         retried = [
             k for k, request in enumerate(requests)
-            if found[k].text is None and any(turn.tool_calls for turn in request.turns)
+            if found[k].text is None and not found[k].ended and any(turn.tool_calls for turn in request.turns)
         ]  # fmt: skip
         again = self._rendered([requests[k] for k in retried], letters, "openai") if retried else []
         for k, outcome in zip(retried, again, strict=True):
@@ -102,9 +109,11 @@ class JinjaDialect:
         letters = Letters(message.content for message in PROBE)
         whole = Request(conversation=PROBE, add_generation_prompt=True)
         (plain,) = self.outcomes([whole])
+        if plain.text is None:
+            return Probed(f"{ITS} does not work: {plain.error}; put another into tokenizer_config.json", None)
         hidden, answered = self.outcomes([whole, Request(conversation=PROBE[:2])], letters)
-        if plain.text is None or hidden.text is None or answered.text is None:
-            why = plain.error or hidden.error or answered.error
+        if hidden.text is None or answered.text is None:
+            why = hidden.error or answered.error
             return Probed(f"{ITS} does not work: {why}; put another into tokenizer_config.json", None)
         if letters.show(hidden.text) != plain.text:
             return Probed(f"{ITS} changes what messages say; put another into tokenizer_config.json", None)

@@ -36,6 +36,7 @@ class PlainText:
         unknown = self.control.get(_unknown_token(spec) or "", -1)
         self.control_ids = frozenset(self.control.values()) - {unknown}
         # the library spares only those marked special
+        self._steps = list(_parts(spec["normalizer"], spec["pre_tokenizer"]))
         added = [token | {"special": token["content"] in self.control} for token in spec["added_tokens"]]
         self._anywhere = _blind(json.dumps(spec | {"added_tokens": added}))
 
@@ -66,11 +67,20 @@ class PlainText:
 
     @functools.cached_property
     def _behind(self) -> tokenizers.Tokenizer:
-        return _without_prefix(self._anywhere, schemes=("first",))
+        return self._without_prefix("first")
 
     @functools.cached_property
     def _inside(self) -> tokenizers.Tokenizer:
-        return _without_prefix(self._anywhere, schemes=("first", "always"))
+        return self._without_prefix("first", "always")
+
+    def _without_prefix(self, *schemes: str) -> tokenizers.Tokenizer:
+        """Without the blank that sentencepiece puts before a text: before the whole, or before each stretch."""
+        if not any(_unprefixed(step, schemes) for step in self._steps):
+            return self._anywhere
+        spec = json.loads(self._anywhere.to_str())
+        for step in _parts(spec["normalizer"], spec["pre_tokenizer"]):
+            step |= _unprefixed(step, schemes)
+        return _blind(json.dumps(spec))
 
 
 def encoded(backend: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
@@ -98,22 +108,16 @@ def _blind(spec: str) -> tokenizers.Tokenizer:
     return backend
 
 
-def _without_prefix(backend: tokenizers.Tokenizer, *, schemes: tuple[str, ...]) -> tokenizers.Tokenizer:
-    """The same without the blank that sentencepiece puts before a text: before the whole, or before each stretch."""
-    spec = json.loads(backend.to_str())
-    n_changed = 0
-    for part in _parts(spec["normalizer"], spec["pre_tokenizer"]):
-        match part:
-            case {"type": "Metaspace", "prepend_scheme": scheme} if scheme in schemes:
-                part["prepend_scheme"] = "never"
-            case {"type": "Prepend"} if "always" in schemes:
-                part["prepend"] = ""
-            case {"type": "ByteLevel", "add_prefix_space": True} if "always" in schemes:
-                part["add_prefix_space"] = False
-            case _:
-                continue
-        n_changed += 1
-    return _blind(json.dumps(spec)) if n_changed else backend
+def _unprefixed(step: dict[str, Any], schemes: tuple[str, ...]) -> dict[str, Any]:
+    """What to change in a step of a normalizer or pre-tokenizer, so that it puts nothing before a text."""
+    match step:
+        case {"type": "Metaspace", "prepend_scheme": scheme} if scheme in schemes:
+            return {"prepend_scheme": "never"}
+        case {"type": "Prepend"} if "always" in schemes:
+            return {"prepend": ""}
+        case {"type": "ByteLevel", "add_prefix_space": True} if "always" in schemes:
+            return {"add_prefix_space": False}
+    return {}
 
 
 def _parts(*values: Any) -> Iterator[dict[str, Any]]:

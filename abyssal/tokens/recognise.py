@@ -58,6 +58,8 @@ def dialect_of(template: str | None, *, special: dict[str, str], control: Sequen
     if template in (mine := {template_of(dialect): dialect for dialect in OURS}):
         return mine[template]
     stranger = JinjaDialect(template, special=special, control=control)
+    if not stranger.works(PLAIN):
+        return stranger
     requests = [*PROBES, *SWITCHED, WITH_TOOLS]
     texts = [outcome.text for outcome in stranger.outcomes(requests)]
     made = dict(zip(map(id, requests), texts, strict=True))

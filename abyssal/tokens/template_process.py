@@ -24,17 +24,19 @@ KEPT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT")  # of the environ
 
 
 class Outcome(NamedTuple):
-    """`text`, or why there is none, in one line."""
+    """`text`, or why there is none, in one line. `ended`: it, or one before it, took the process with it."""
 
     text: str | None
     error: str | None
+    ended: bool = False
 
 
 class TemplateProcess:
     """Renders one template, in a process started when first needed. `cpu_s` is for each rendering."""
 
-    def __init__(self, template: str, *, cpu_s: float = 2.0) -> None:
+    def __init__(self, template: str, *, cpu_s: float = 1.0) -> None:
         self.template, self.cpu_s = template, cpu_s
+        self.worker = WORKER
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
@@ -57,7 +59,7 @@ class TemplateProcess:
             except (OSError, EOFError, TimeoutError):
                 self.close()
                 why = f"it took more than {self.cpu_s:g} s or too much memory"
-                outcomes += [Outcome(None, why)] * (len(jobs) - len(outcomes))
+                outcomes += [Outcome(None, why, ended=True)] * (len(jobs) - len(outcomes))
             except BaseException:  # an interrupt: a reply still on its way must not answer the next question
                 self.close()
                 raise
@@ -75,7 +77,7 @@ class TemplateProcess:
         self._owner = os.getpid()
         # its own session, so that Ctrl-C reaches us alone; -P, so that the names of our files cannot hide packages
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER)],
+            [sys.executable, "-P", str(self.worker)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
