@@ -17,7 +17,9 @@ from rich.console import Console
 
 from abyssal.commands.checkpoint_path import resolve_checkpoint
 from abyssal.commands.convert_shape import convert
+from abyssal.commands.export_checkpoint import export_checkpoint
 from abyssal.commands.import_checkpoint import import_checkpoint
+from abyssal.commands.measure_perplexity import measure_perplexity
 from abyssal.commands.options import parsed
 from abyssal.commands.preset_table import presets
 from abyssal.evals.page import write_report
@@ -34,6 +36,8 @@ abyssal: from raw text to a reasoning model
   abyssal run RECIPE.toml [--section.key value ...]   walk every stage; stop and start again at will
   abyssal STAGE RECIPE.toml [--section.key value ...] one stage: {" ".join(STAGES)}
   abyssal chat DIR [--prompt TEXT ...]                talk to a checkpoint: out/laptop/r1, a GGUF file, smollm2
+  abyssal perplexity DIR [--weights int4]             how well it foresees a text
+  abyssal export DIR --to FORMAT --out DIR            BF16, FP8, int8 or int4, for other tools
   abyssal report RUN_DIR                              write RUN_DIR/report.html again
   abyssal import DIR [--check]                        what a checkpoint is, and whether it would load
   abyssal convert DIR --to mla|moe|mla,moe ...        latent attention from GQA, experts from a dense model; the cost
@@ -123,8 +127,10 @@ def chat(arguments: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "chat": chat,
-    "import": import_checkpoint,
     "convert": convert,
+    "export": export_checkpoint,
+    "import": import_checkpoint,
+    "perplexity": measure_perplexity,
     "presets": presets,
 }
 

@@ -31,7 +31,7 @@ import torch.distributed.checkpoint as dcp
 from rich.console import Console
 
 import abyssal.checkpoint.resume
-import abyssal.checkpoint.save
+import abyssal.checkpoint.shards
 import abyssal.record
 from abyssal.engine.engine import Engine
 from abyssal.record import Recorder
@@ -109,7 +109,7 @@ class Calls:
         self.wrap("replace", os, "replace")
         self.wrap("fsync", os, "fsync")
         self.wrap("rmtree", shutil, "rmtree", halve=lambda path, *_: next(Path(path).rglob("*.*")).unlink())
-        self.wrap("weights", abyssal.checkpoint.save, "save_file", halve=lambda _, path, *__: cut(Path(path)))
+        self.wrap("weights", abyssal.checkpoint.shards, "save_file", halve=lambda _, path, *__: cut(Path(path)))
         self.wrap("trainer", abyssal.checkpoint.resume.dcp, "save", halve=lambda *_: None)
         self.wrap("line", abyssal.record, "append", halve=lambda file, *_: os.truncate(file.name, file.tell() - 9))
 

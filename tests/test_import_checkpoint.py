@@ -14,8 +14,10 @@ from official_configs import OFFICIAL
 from safetensors.torch import load_file, save_file
 from small_models import small_model
 
+from abyssal.checkpoint.export_hf import export_hf
 from abyssal.checkpoint.load import load_checkpoint
 from abyssal.checkpoint.save import save_checkpoint
+from abyssal.checkpoint.shard_index import INDEX
 from abyssal.checkpoint.source import open_checkpoint
 from abyssal.checkpoint.survey import survey, survey_index
 from abyssal.cli import dispatch, main
@@ -115,11 +117,22 @@ def test_a_good_directory_says_what_it_is(checkpoint: Path, capsys: pytest.Captu
     for weights in ("fp8", "int8", "int4"):
         loaded = load_checkpoint(checkpoint, dtype="bfloat16", weights=weights).model
         n_bytes = sum(tensor.nbytes for tensor in loaded.state_dict().values())
-        assert n_bytes <= found.memory[weights] <= 1.1 * n_bytes  # int4 layers too narrow for the kernel have no zeros
-        assert weights == "int4" or found.memory[weights] == n_bytes
+        assert found.memory[weights] == n_bytes
     assert dispatch(["import", str(checkpoint), "--check"]) == 0
     said = capsys.readouterr().out
     assert "285 ids, a chat template" in said and said.endswith("it would load\n")
+
+
+def test_packed_integers_are_one_tensor_each(checkpoint: Path, tmp_path: Path):
+    export_hf(open_checkpoint(checkpoint), tmp_path / "int4", to="int4", max_shard_bytes=20_000)
+    found, by_name = survey(open_checkpoint(tmp_path / "int4")), survey_index(tmp_path / "int4" / INDEX)
+    assert found.verdict == by_name.verdict == "" and found.n_tensors == by_name.n_tensors
+    assert found.memory == survey(open_checkpoint(checkpoint)).memory and set(found.stored) == {"BF16", "F32", "INT4"}
+    index = tmp_path / "int4" / INDEX
+    weight_map = json.loads(index.read_text())["weight_map"]
+    del weight_map["model.layers.0.mlp.up_proj.weight_scale"]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert survey_index(index).faults["missing"] == ["model.layers.0.mlp.up_proj.weight"]
 
 
 def test_every_tensor_that_does_not_fit_has_a_line(

@@ -22,22 +22,29 @@ from abyssal.types import SamplingParams
 
 FORMATS: list[QuantFormat] = ["fp8", "int8", "int4"]
 KINDS = ["mla_moe_query_latent", "mla_moe", "gqa_dense"]
+# groups of 32 columns everywhere, which the int4 kernel takes; its rows are sixteens but for those of kv_a_proj
+WIDTHS = {"intermediate_size": 64, "moe_intermediate_size": 32, "kv_lora_rank": 32}
+
+
+def small(kind: str) -> Transformer:
+    return small_model(kind, **WIDTHS, **({"q_lora_rank": 32} if kind == "mla_moe_query_latent" else {}))
 
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     paths = {kind: tmp_path_factory.mktemp("few_bits") / kind for kind in KINDS}
     for kind, path in paths.items():
-        save_checkpoint(path, small_model(kind), None)
+        save_checkpoint(path, small(kind), None)
     return paths
 
 
 def rounded(path: Path, format: QuantFormat) -> Transformer:
     """The plain model whose weights were rounded one by one."""
     model = load_checkpoint(path).model.requires_grad_(False)
+    group = 128 if format == "fp8" else 32
     for name, weight in official_views(model).items():
         if IN_FEW_BITS.search(name):
-            weight.copy_(dequantize_ref(quantize_ref(weight, format)))
+            weight.copy_(dequantize_ref(quantize_ref(weight, format, group=group)))
     return model
 
 
@@ -88,7 +95,7 @@ def test_what_is_in_few_bits_and_what_is_not(directories: dict[str, Path]):
     blocks = {"layers.0": attention | dense, "layers.1": of_moe, "layers.2": of_moe, "mtp.0.block": of_moe}
     assert in_few_bits == {f"{block}.{name}" for block, names in blocks.items() for name in names}
     # by their names on disk: these, and kv_b_proj, which stays a matrix of rounded numbers
-    every_name = set(official_views(small_model("mla_moe_query_latent")))
+    every_name = set(official_views(small("mla_moe_query_latent")))
     named = {name for name in every_name if IN_FEW_BITS.search(name)}
     assert named - official_slots(model).keys() == {f"model.layers.{i}.self_attn.kv_b_proj.weight" for i in range(4)}
     assert official_slots(model).keys() | plain_views(model).keys() == every_name
@@ -96,7 +103,7 @@ def test_what_is_in_few_bits_and_what_is_not(directories: dict[str, Path]):
 
 def test_parameters_are_counted_as_numbers(directories: dict[str, Path]):
     for kind, path in directories.items():
-        assert count_parameters(load_checkpoint(path, weights="int4").model) == count_parameters(small_model(kind))
+        assert count_parameters(load_checkpoint(path, weights="int4").model) == count_parameters(small(kind))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -158,4 +165,4 @@ def test_the_model_never_stands_in_memory_before_it_is_rounded(
     monkeypatch.setattr(kind, "read", watched)
     done: list[tuple[int, int]] = []
     load_checkpoint(directories["mla_moe"], weights="int4", on_bytes=lambda *counts: done.append(counts))
-    assert len(alive) == len(done) > 50 and done[-1][0] == done[-1][1]
+    assert len(done) >= len(alive) > 50 and done[-1][0] == done[-1][1]  # norms go straight into their place

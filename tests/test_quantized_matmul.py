@@ -28,9 +28,9 @@ def rows(n: int, columns: int) -> Tensor:
 
 
 def test_by_hand():
-    """Row o is 3.5 and then 31 times (o - 8) / 2, from -3.5 on; 32 ones times it is their sum, rounded to BF16."""
+    """Row o is 3.75, whose code is cut off to 3.5, and then 31 times (o - 8) / 2; 32 ones times it is their sum."""
     weight_OI = ((torch.arange(16.0) - 8).clamp(min=-7) / 2)[:, None].expand(16, 32).clone()
-    weight_OI[:, 0] = 3.5  # the largest: all scales are 1/2
+    weight_OI[:, 0] = 3.75  # the largest: all scales are 1/2
     want = [3.5 + 31 * max(o - 8, -7) / 2 for o in range(16)]
     weight = quantize(weight_OI, "int4")
     for result in (

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abyssal.checkpoint import save as save_room
+from abyssal.checkpoint import shards
 from abyssal.checkpoint.atomic import find_directory, replace_directory
 from abyssal.checkpoint.load import load_checkpoint
 from abyssal.checkpoint.resume import TrainerState
@@ -144,7 +144,7 @@ def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypat
     monkeypatch.undo()
     assert not path.exists() and find_directory(path).name == "checkpoint.old"
     assert same(load_checkpoint(path).model, tiny(1))
-    monkeypatch.setattr(save_room, "save_file", disk_full)  # the next write fails too
+    monkeypatch.setattr(shards, "save_file", disk_full)  # the next write fails too
     with pytest.raises(OSError):
         save_checkpoint(path, tiny(2), None)
     monkeypatch.undo()
@@ -185,7 +185,7 @@ def test_a_write_that_fails_leaves_the_previous_checkpoint_and_nothing_half_writ
 
 
 def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(save_room, "save_file", disk_full)
+    monkeypatch.setattr(shards, "save_file", disk_full)
     with pytest.raises(OSError) as error:
         save_checkpoint(tmp_path / "checkpoint", tiny(), None)
     one_line(error, "No space left on device")

@@ -93,12 +93,13 @@ def read_blocks(weight: StoredTensor, scale: StoredTensor, name: str) -> Quantiz
 
 
 def to_bfloat16(weight: Quantized) -> Tensor:
-    """(O, I) BF16, computed in FP32 and rounded once, some rows at a time."""
+    """(O, I) BF16 of any format, computed in FP32 and rounded once, some rows at a time."""
     rows, columns = weight.shape
+    high = BLOCK if weight.format == "fp8" else 1  # rows that share a scale
     out_OI = torch.empty(weight.shape, dtype=torch.bfloat16)
     for start in range(0, rows, BAND):
         codes = weight.codes[start : start + BAND]
-        scales = weight.scales[start // BLOCK : (start + BAND) // BLOCK]
+        scales = weight.scales[start // high : (start + BAND) // high]
         band = replace(weight, codes=codes, scales=scales, shape=(len(codes), columns))
         out_OI[start : start + BAND] = dequantize(band, torch.bfloat16)
     return out_OI

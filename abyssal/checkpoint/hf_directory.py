@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from abyssal.checkpoint.compressed_tensors import PARTS, find_packed, read_packed
 from abyssal.checkpoint.convert import config_from_hf
 from abyssal.checkpoint.fp8_blocks import pair_scales, read_blocks, read_scales, to_bfloat16
 from abyssal.checkpoint.quantization_config import read_quantization
@@ -41,11 +42,14 @@ class HfDirectory:
                 self._stored[name] = place
         if weights.weight_map is not None:
             check_index(path, weights.weight_map, self._stored)
-        self._scale_of = pair_scales(path, self._stored, expected=read_quantization(self.hf) == "fp8")
-        scales = set(self._scale_of.values())
+        format = read_quantization(self.hf)
+        self._scale_of = pair_scales(path, self._stored, expected=format == "fp8")
+        self._packed = find_packed(path, self._stored, format)
+        parts = set(self._scale_of.values()) | {name + part for name in self._packed for part in PARTS}
         self.tensors = {
-            name: TensorInfo(place.shape, place.stored) for name, place in self._stored.items() if name not in scales
+            name: TensorInfo(place.shape, place.stored) for name, place in self._stored.items() if name not in parts
         }
+        self.tensors |= {name: TensorInfo(place.shape, place.format.upper()) for name, place in self._packed.items()}
         self.config = without_absent_mtp(path, config, self.tensors)
 
     def read(self, name: str) -> Tensor:
@@ -53,14 +57,16 @@ class HfDirectory:
         return read_tensor(self._stored[name]) if weight is None else to_bfloat16(weight)
 
     def read_into(self, name: str, out: Tensor) -> None:
-        place = self._stored[name]
-        is_same = name not in self._scale_of and TORCH_TYPES[place.stored] == out.dtype
-        if is_same and out.is_contiguous() and out.device.type == "cpu":
+        place = None if name in self._scale_of else self._stored.get(name)
+        is_same = place is not None and TORCH_TYPES[place.stored] == out.dtype
+        if place is not None and is_same and out.is_contiguous() and out.device.type == "cpu":
             read_bytes(place, out)
         else:
             out.copy_(self.read(name))
 
     def read_quantized(self, name: str) -> Quantized | None:
+        if name in self._packed:
+            return read_packed(self._packed[name])
         scale = self._scale_of.get(name)
         return None if scale is None else read_blocks(self._stored[name], self._stored[scale], name)
 

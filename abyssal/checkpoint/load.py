@@ -24,12 +24,20 @@ from abyssal.checkpoint.tensor_info import TensorInfo
 from abyssal.checkpoint.tensor_names import (
     DERIVED,
     IN_FEW_BITS,
+    common_group,
     official_slots,
     official_views,
     plain_views,
     shared_copies,
 )
-from abyssal.kernels.quantize import QuantFormat, Quantized, dequantize, quantize
+from abyssal.kernels.quantize import (
+    QuantFormat,
+    Quantized,
+    ScaleFormat,
+    are_powers_of_two,
+    dequantize,
+    quantize,
+)
 from abyssal.machine import Precision, compute_dtype, resolve_device
 from abyssal.model.config import DTYPES, ModelConfig
 from abyssal.model.quantized import quantize_layers
@@ -150,6 +158,7 @@ def _read_weights(source: Source, model: Transformer, format: QuantFormat | None
     copies = {name: main for name, main in _copies_on_disk(model.config).items() if name in source.tensors}
     sizes = {name: view.nbytes for name, view in views.items()} | {name: slot.n_bytes for name, slot in slots.items()}
     n_done, n_all = 0, sum(sizes.values()) + sum(sizes[main] for main in copies.values())
+    group = 0 if format is None else common_group(source.tensors, format)
     later = []  # a copy may lie before its original
     for name in source.tensors:
         if name in copies:
@@ -158,9 +167,9 @@ def _read_weights(source: Source, model: Transformer, format: QuantFormat | None
             if format is None or not IN_FEW_BITS.search(name):
                 source.read_into(name, views[name])
             elif name in slots:
-                slots[name].put(read_rounded(source, name, format).to(device))
+                slots[name].put(read_rounded(source, name, format, group=group).to(device))
             else:
-                views[name].copy_(dequantize(read_rounded(source, name, format), model.dtype))
+                views[name].copy_(dequantize(read_rounded(source, name, format, group=group), model.dtype))
             n_done += sizes[name]
             if on_bytes is not None:
                 on_bytes(n_done, n_all)
@@ -173,10 +182,14 @@ def _read_weights(source: Source, model: Transformer, format: QuantFormat | None
             on_bytes(n_done, n_all)
 
 
-def read_rounded(source: Source, name: str, format: QuantFormat) -> Quantized:
+def read_rounded(
+    source: Source, name: str, format: QuantFormat, *, group: int, scale_format: ScaleFormat = "fp32"
+) -> Quantized:
     """A matrix in few bits: as it is stored, or rounded here."""
     stored = source.read_quantized(name)
-    return stored if stored is not None and stored.format == format else quantize(source.read(name), format)
+    if stored is not None and stored.format == format and (scale_format == "fp32" or are_powers_of_two(stored.scales)):
+        return stored
+    return quantize(source.read(name), format, group=group, scale_format=scale_format)
 
 
 def _equal(stored: Tensor, original: Tensor) -> bool:

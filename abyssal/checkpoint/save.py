@@ -5,21 +5,18 @@ Weights are BF16 on disk under the official names, the balance bias FP32; `train
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from abyssal.checkpoint.atomic import replace_directory
 from abyssal.checkpoint.convert import config_to_hf
 from abyssal.checkpoint.resume import TrainerState, save_trainer
-from abyssal.checkpoint.shard_index import INDEX, SINGLE
+from abyssal.checkpoint.shards import write_json, write_shards
 from abyssal.checkpoint.tensor_names import keeps_fp32, official_views, shared_copies
 from abyssal.model.transformer import Transformer
 from abyssal.tokens.tokenizer import Tokenizer
@@ -41,13 +38,13 @@ def save_checkpoint(
     ids = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     try:
         with replace_directory(path) as new:
-            _write_json(new / "config.json", config_to_hf(model.config, **ids))
+            write_json(new / "config.json", config_to_hf(model.config, **ids))
             _write_weights(new, model, max_shard_bytes=max_shard_bytes)
             if tokenizer is not None:
                 tokenizer.save(new, model_max_length=model.config.max_position_embeddings)
             if generation is not None:
                 defaults = ids if tokenizer is None else ids | {"pad_token_id": tokenizer.pad_id}
-                _write_json(new / "generation_config.json", defaults | generation)
+                write_json(new / "generation_config.json", defaults | generation)
             if trainer is not None:
                 save_trainer(new, model=model, optimizers=trainer.optimizers, state=trainer.state)
     except (OSError, SafetensorError, CheckpointException) as error:
@@ -62,33 +59,13 @@ def _write_weights(path: Path, model: Transformer, *, max_shard_bytes: int) -> N
     views = official_views(model)
     views |= {copy: views[main] for copy, main in shared_copies(model.config).items()}
     sizes = {name: view.numel() * (4 if keeps_fp32(name) else 2) for name, view in views.items()}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if filled and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _on_disk(name, views[name]) for name in names}
-        save_file(tensors, path / file, metadata={"format": "pt"})
-        shutil.copymode(path / "config.json", path / file)  # safetensors makes files that only their owner may read
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        _write_json(path / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+    write_shards(path, sizes, lambda name: {name: _on_disk(name, views[name])}, max_shard_bytes=max_shard_bytes)
 
 
 def _on_disk(name: str, view: Tensor) -> Tensor:
     """An own copy: safetensors refuses tensors that share memory."""
     dtype = torch.float32 if keeps_fp32(name) else torch.bfloat16
     return view.to("cpu", dtype, copy=True).contiguous()
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _reason(error: BaseException) -> str:

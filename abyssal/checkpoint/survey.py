@@ -16,6 +16,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from abyssal.checkpoint.compressed_tensors import official_names
 from abyssal.checkpoint.convert import config_from_hf, model_type
 from abyssal.checkpoint.faults import told
 from abyssal.checkpoint.fp8_blocks import SCALE, may_be_fp8
@@ -25,8 +26,9 @@ from abyssal.checkpoint.quantization_config import read_quantization
 from abyssal.checkpoint.shard_index import read_index
 from abyssal.checkpoint.source import Source
 from abyssal.checkpoint.tensor_info import TensorInfo
-from abyssal.checkpoint.tensor_names import IN_FEW_BITS, official_views
-from abyssal.kernels.quantize import BLOCK, QuantFormat, group_of
+from abyssal.checkpoint.tensor_names import IN_FEW_BITS, common_group, official_views
+from abyssal.kernels.quantize import BLOCK, QuantFormat
+from abyssal.kernels.quantized_matmul import KERNEL_GROUPS, KERNEL_ROWS
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer, count_mtp_parameters, count_parameters
 
@@ -84,14 +86,15 @@ def survey_index(index: Path) -> Survey:
     """Of an index with config.json beside it, whether or not there are any weights: by names alone."""
     hf = read_hf_config(index.parent)
     weight_map = read_index(index)
-    scales = {name for name in weight_map if read_quantization(hf) and name.endswith(f".weight{SCALE}")}
-    names = weight_map.keys() - scales
+    format = read_quantization(hf)
+    scales = {name for name in weight_map if format == "fp8" and name.endswith(f".weight{SCALE}")}
+    names = official_names(weight_map.keys(), format) - scales
     config = without_absent_mtp(index.parent, config_from_hf(hf), names)
     model = meta_model(config, len(names), path=index, dtype=torch.bfloat16)
     views = official_views(model)
     shapes = _shapes(views)
     allowed = allowed_tensors(config, shapes)
-    found = {name: TensorInfo(allowed.get(name, ()), "") for name in weight_map if name in names}
+    found = {name: TensorInfo(allowed.get(name, ()), "") for name in sorted(names)}
     scaled = [scale.removesuffix(SCALE) for scale in scales]
     faults = tensor_faults(config, found, shapes) | {
         "scales without an FP8 weight": sorted(
@@ -128,18 +131,20 @@ def _sizes(model: Transformer, views: Mapping[str, Tensor]) -> dict[str, Any]:
         "BF16": sum(view.nbytes for view in cast.values()),
     }
     for format in get_args(QuantFormat):
-        memory[format] = sum(few_bytes(name, view, format) for name, view in cast.items())
+        group = common_group(cast, format)
+        memory[format] = sum(few_bytes(name, view, format, group) for name, view in cast.items())
     return dict(n_parameters=n_parameters, n_active=n_active, n_mtp=n_mtp, memory=memory)
 
 
-def few_bytes(name: str, view: Tensor, format: QuantFormat) -> int:
+def few_bytes(name: str, view: Tensor, format: QuantFormat, group: int) -> int:
     """Bytes of a tensor in a model whose weights are kept in few bits: codes and scales, or numbers as they are."""
     if not IN_FEW_BITS.search(name) or name.endswith(KEPT_AS_NUMBERS):
         return view.nbytes
     rows, columns = view.shape
     if format == "fp8":
         return view.numel() + 4 * math.ceil(rows / BLOCK) * math.ceil(columns / BLOCK)
-    n_groups = rows * math.ceil(columns / group_of(format, columns))
-    if format == "int4":  # the kernel on CPUs wants a zero beside each scale
-        return rows * math.ceil(columns / 2) + 4 * n_groups
-    return view.numel() + 2 * n_groups
+    n_groups = rows * math.ceil(columns / group)
+    if format == "int8":
+        return view.numel() + 2 * n_groups
+    in_kernel = group in KERNEL_GROUPS and columns % group == 0 and rows % KERNEL_ROWS == 0
+    return rows * math.ceil(columns / 2) + (4 if in_kernel else 2) * n_groups  # the kernel wants a zero with each scale

@@ -8,11 +8,13 @@ Letters: E experts, F expert width, D width.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from abyssal.kernels.quantize import Quantized
+from abyssal.kernels.quantize import QuantFormat, Quantized, group_of
 from abyssal.model.config import ModelConfig
 from abyssal.model.quantized import QuantizedExperts, QuantizedLinear, QuantizedStack, format_of
 from abyssal.model.transformer import Transformer
@@ -21,6 +23,16 @@ from abyssal.model.transformer import Transformer
 DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
 # The linears of a block, experts too: what DeepSeek publishes in FP8. Not embedding, head, norms, router and eh_proj.
 IN_FEW_BITS = re.compile(r"\.(self_attn|mlp)\.(\w+\.)*\w+_proj(_with_mqa)?\.weight$")
+
+
+class Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def common_group(tensors: Mapping[str, Shaped], format: QuantFormat) -> int:
+    """Columns of a group in all matrices of a checkpoint that are in few bits."""
+    return group_of(format, *(tensor.shape[-1] for name, tensor in tensors.items() if IN_FEW_BITS.search(name)))
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,21 @@ Letters: W windows, T tokens of one.
 from __future__ import annotations
 
 import math
+import sysconfig
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from abyssal.data.corpus import documentation
 from abyssal.loss.cross_entropy import token_logprobs
 from abyssal.model.transformer import Transformer
 from abyssal.tokens.tokenizer import Tokenizer
 
+CALIBRATION = ("argparse.py", "difflib.py", "statistics.py", "typing.py", "random.py", "shutil.py", "subprocess.py")
 MOST_CHARS_A_TOKEN = 20  # on average; a text is read no further than its windows can reach
 
 
@@ -37,6 +41,12 @@ def held_out_text() -> str:
     from pydoc_data.topics import topics  # half a megabyte that only this wants
 
     return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def calibration_text() -> str:
+    """Other prose about Python, for looking at a model before it is rounded: docstrings of some of its modules."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return "\n".join(documentation((folder / name).read_text(encoding="utf-8")) for name in CALIBRATION)
 
 
 def cut_windows(text: str, tokenizer: Tokenizer, *, length: int, most: int) -> Tensor:

@@ -17,7 +17,10 @@ from torch import Tensor
 QuantFormat = Literal["fp8", "int8", "int4"]
 ScaleFormat = Literal["fp32", "ue8m0"]
 BLOCK = 128  # rows and columns of an FP8 block, columns of an integer group
-LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}  # codes; the lowest integer is left out: no number has its mirror
+GROUPS = (128, 64, 32, 16)
+# The code of the largest magnitude. For integers half a step beyond the highest: the largest is cut off by half a step,
+# and all others are rounded more finely, which loses less.
+LARGEST = {"fp8": 448.0, "int8": 127.5, "int4": 7.5}
 LEAST_AMAX = 1e-4  # as in DeepSeek's kernels: a block of zeros has a scale too
 
 
@@ -40,10 +43,17 @@ class Quantized:
         return replace(self, codes=self.codes.to(device), scales=self.scales.to(device))
 
 
-def group_of(format: QuantFormat, columns: int) -> int:
-    """Columns of a group: 128, or the largest of 64, 32 and 16 that leaves no ragged one, which other readers of
-    integer formats do not know. FP8's blocks may be ragged."""
-    return next((group for group in (128, 64, 32, 16) if columns % group == 0 and format != "fp8"), BLOCK)
+def group_of(format: QuantFormat, *columns: int) -> int:
+    """Columns of a group, one size for matrices of so many columns, for readers of integer formats want one in a model:
+    128, or the largest of 64, 32 and 16 that leaves no ragged group where any of them would. FP8 has blocks."""
+    if format == "fp8":
+        return BLOCK
+    return min((next((g for g in GROUPS if n % g == 0), BLOCK) for n in columns), default=BLOCK)
+
+
+def scale_shape(format: QuantFormat, shape: tuple[int, int], group: int) -> tuple[int, int]:
+    rows, columns = shape
+    return (-(-rows // BLOCK) if format == "fp8" else rows, -(-columns // group))
 
 
 def quantize(
@@ -65,12 +75,17 @@ def quantize(
         return Quantized(format=format, codes=codes_OI, scales=scales_RG, shape=(rows, columns))
     groups_OGK = padded_OI.unflatten(1, (-1, group))
     scales_OG = scale_of(groups_OGK.abs().amax(-1), format)
-    most = LARGEST[format]
-    codes_OI = (groups_OGK / scales_OG[..., None].float()).round_().clamp_(-most, most).to(torch.int8).flatten(1)
+    codes_OGK = (groups_OGK / scales_OG[..., None].float()).round_().clamp_(*code_range(format))
+    codes_OI = codes_OGK.to(torch.int8).flatten(1)
     codes_OI = codes_OI[:, :columns].contiguous()
     if format == "int4":
         codes_OI = pack_int4(codes_OI)
     return Quantized(format=format, codes=codes_OI, scales=scales_OG, shape=(rows, columns), group=group)
+
+
+def code_range(format: QuantFormat) -> tuple[float, float]:
+    """Lowest and highest integer."""
+    return -LARGEST[format] - 0.5, LARGEST[format] - 0.5
 
 
 def scale_of(amax: Tensor, format: QuantFormat, scale_format: ScaleFormat = "fp32") -> Tensor:
@@ -82,6 +97,10 @@ def scale_of(amax: Tensor, format: QuantFormat, scale_format: ScaleFormat = "fp3
         return scale
     mantissa, exponent = torch.frexp(scale)  # mantissa in [0.5, 1): a power of two has exactly 0.5
     return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+
+
+def are_powers_of_two(scales: Tensor) -> bool:
+    return bool((torch.frexp(scales.float()).mantissa == 0.5).all())
 
 
 def quantize_ref(
@@ -102,7 +121,7 @@ def quantize_ref(
             scales[r, c] = 2.0 ** next(e for e in range(-126, 128) if 2.0**e >= float(scale))
         codes = block / scales[r, c].float()
         if format != "fp8":
-            codes = codes.round().clamp(-LARGEST[format], LARGEST[format])
+            codes = codes.round().clamp(*code_range(format))
         codes_OI[here] = codes.to(codes_OI.dtype)
     if format == "int4":
         codes_OI = pack_int4(codes_OI)
