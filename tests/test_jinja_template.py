@@ -42,10 +42,11 @@ def spoken() -> dict[str, Tokenizer]:
     return {
         "qwen": speaking(chat_templates.QWEN, *QWEN_NAMES, eos_token="<|im_end|>"),
         "llama": speaking(
-            chat_templates.LLAMA3, *LLAMA_NAMES, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"
+            chat_templates.LLAMA3, *LLAMA_NAMES, without=("<think>", "</think>"),
+            bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>",
         ),
         "mistral": speaking(chat_templates.MISTRAL, *MISTRAL_NAMES, bos_token="<s>", eos_token="</s>"),
-    }
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +194,27 @@ def test_what_is_learned_is_the_answer_and_its_end(
     assert tokenizer.token_id(end) in tokenizer.end_ids
 
 
+@pytest.mark.parametrize("opens", [True, False])
+def test_thinking_stands_before_an_answer_though_the_template_shows_none(opens: bool):
+    """As in R1-Distill and R1-0528, whose templates know thinking only as what they cut off."""
+    template = chat_templates.R1_OPENED if opens else chat_templates.R1_CLOSED
+    tokenizer = speaking(template.replace("'<｜User｜>' + m.content", "'<｜User｜>' + m.content + '<|EOT|>'"))
+    assert tokenizer.dialect.name == "jinja"
+    conversation = [user("a"), assistant("b", "t1"), user("c"), assistant("6", "2*3<｜User｜>")]
+    rendered = render(conversation, tokenizer)
+    ends = "<｜end▁of▁sentence｜>"
+    assert tokenizer.decode(rendered.ids) == (
+        f"<｜begin▁of▁sentence｜><｜User｜>a<|EOT|><｜Assistant｜>b{ends}<｜User｜>c<|EOT|><｜Assistant｜>"
+        f"<think>{chr(10) if opens else ''}2*3<｜User｜></think>6{ends}"
+    )
+    learned = [i for i, is_learned in zip(rendered.ids, rendered.mask, strict=True) if is_learned]
+    assert tokenizer.decode(learned) == f"b{ends}{'' if opens else '<think>'}2*3<｜User｜></think>6{ends}"
+    prompt = render(conversation[:3], tokenizer, add_generation_prompt=True).ids
+    assert rendered.ids[: len(prompt)] == prompt
+    answer = rendered.ids[len(prompt) :]
+    assert parse(answer, tokenizer, thinking_open=opens_thinking(prompt, tokenizer)) == conversation[-1]
+
+
 def test_tool_calls_are_read_from_qwens_tags(spoken: dict[str, Tokenizer]):
     tokenizer = spoken["qwen"]
     text = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
@@ -210,8 +232,10 @@ def test_thinking_is_switched_where_the_template_has_a_switch(spoken: dict[str, 
     prompt = render([user("a")], tokenizer, add_generation_prompt=True, thinking="off").ids
     assert tokenizer.decode(prompt).endswith("assistant\n<think>\n\n</think>\n\n")
     assert not opens_thinking(prompt, tokenizer)
-    with pytest.raises(ValueError, match="thinking='on', and the chat template .* has no switch for it; use 'auto'"):
-        render([user("a")], spoken["mistral"], add_generation_prompt=True, thinking="on")
+    for name, mode in (("mistral", "on"), ("mistral", "off"), ("llama", "on")):
+        with pytest.raises(ValueError, match=f"thinking='{mode}', and the chat template .* has no switch for it"):
+            render([user("a")], spoken[name], add_generation_prompt=True, thinking=mode)
+    assert render([user("a")], spoken["llama"], add_generation_prompt=True, thinking="off").ids  # it never thinks
 
 
 def test_what_a_template_leaves_out_or_cannot_say_is_an_error(spoken: dict[str, Tokenizer]):

@@ -269,6 +269,8 @@ def _thought(thought: str | None) -> list[Piece]:
 
 def _decided(request: Request) -> list[Piece]:
     """The end of a prompt that opens or closes the thinking for the model."""
+    if request.thinking == "on" and not request.can_think:
+        raise ValueError(f"thinking='on', and this vocabulary has no {THINK}; use 'auto'")
     return [] if request.thinking == "auto" else [control(THINK if request.thinking == "on" else END_THINK)]
 
 

@@ -14,8 +14,9 @@ from dataclasses import replace
 from os.path import commonprefix
 from typing import NamedTuple
 
+from abyssal.tokens.bpe import END_THINK, THINK
 from abyssal.tokens.opaque import Letters, is_hidden
-from abyssal.tokens.pieces import Piece, Read, Request
+from abyssal.tokens.pieces import Piece, Read, Request, control, said
 from abyssal.tokens.template_context import Style, as_json, context_of, texts_of
 from abyssal.tokens.template_process import Outcome, TemplateProcess
 from abyssal.tokens.tool_calls import read_tagged
@@ -28,6 +29,15 @@ PROBE = [
     Message(role="assistant", content="Yes, It is."),
     Message(role="user", content=" Why,  then? "),
 ]
+
+
+class Span(NamedTuple):
+    """Where the assistant speaks. `opened`: what a prompt for it would end in and this text has not: <think>, say."""
+
+    start: int
+    end: int
+    opened: str
+    thought: str | None  # to be written at its start, where the template writes none
 
 
 class Probed(NamedTuple):
@@ -65,8 +75,8 @@ class JinjaDialect:
         letters = Letters(texts_of(request))
         text = self._arranged(request, letters)
         _nothing_left_out(request, text, letters)
-        learned = [] if request.add_generation_prompt else self._learned(request, text, letters)
-        return list(self._cut(text, learned, letters))
+        spans = [] if request.add_generation_prompt else self._learned(request, text, letters)
+        return list(self._cut(text, spans, letters))
 
     def read(self, answer: list[Piece]) -> Read | None:
         return read_tagged(answer)
@@ -130,13 +140,14 @@ class JinjaDialect:
             (without,) = self.outcomes([replace(request, tools=())], letters)
             if without.text == outcome.text:
                 raise ValueError(f"{ITS} describes no tools; describe them in the system message")
-        if request.add_generation_prompt and request.thinking != "auto" and request.can_think:
+        asks = request.thinking == "on" or (request.thinking == "off" and request.can_think)
+        if request.add_generation_prompt and asks:
             (without,) = self.outcomes([replace(request, thinking="auto")], letters)
             if without.text == outcome.text:
                 raise ValueError(f"thinking={request.thinking!r}, and {ITS} has no switch for it; use 'auto'")
         return outcome.text
 
-    def _learned(self, request: Request, text: str, letters: Letters) -> list[tuple[int, int]]:
+    def _learned(self, request: Request, text: str, letters: Letters) -> list[Span]:
         """Where the assistant speaks: from the end of the prompt for it to the token that ends an answer."""
         places = [i for i, message in enumerate(request.conversation) if message.role == "assistant"]
         if not places:
@@ -148,39 +159,57 @@ class JinjaDialect:
         before = [replace(request, conversation=request.conversation[:i]) for i in places]
         prompted = [replace(one, add_generation_prompt=True) for one in before]
         found = self.outcomes([*before, *prompted], letters)
+        thoughts = [request.thought(i) for i, turn in enumerate(request.turns) if turn.role == "assistant"]
         spans = []
-        for bare, prompt in zip(found[: len(places)], found[len(places) :], strict=True):
+        for thought, bare, prompt in zip(thoughts, found[: len(places)], found[len(places) :], strict=True):
             if bare.text is None or prompt.text is None:
                 raise ValueError(f"{ITS} refuses a part of this conversation: {bare.error or prompt.error}")
             start = len(commonprefix([prompt.text, text]))
             end = text.find(self._probed.end, start)
             if start < len(commonprefix([bare.text, prompt.text])) or end < 0:
                 raise ValueError(f"{ITS} writes earlier turns anew when an answer follows; train on one turn at a time")
-            cut = next((m.start() for m in self._control.finditer(text) if m.start() < start < m.end()), start)
-            spans.append((cut, end + len(self._probed.end)))
+            start = next((m.start() for m in self._control.finditer(text) if m.start() < start < m.end()), start)
+            left_out = thought is not None and not _stands_in(text, thought, letters)
+            opened = prompt.text[start:] if THINK in prompt.text[start:] else ""
+            spans.append(Span(start, end + len(self._probed.end), opened, thought if left_out else None))
         return spans
 
-    def _cut(self, text: str, learned: list[tuple[int, int]], letters: Letters) -> Iterator[Piece]:
+    def _cut(self, text: str, spans: list[Span], letters: Letters) -> Iterator[Piece]:
         """Control tokens where the template wrote them, and the text between, messages in their own letters again."""
-        edges = sorted({0, len(text), *(place for span in learned for place in span)})
         marks = [*self._control.finditer(text)]
-        cuts = sorted({*edges, *(place for mark in marks for place in mark.span())})
-        control = {mark.start() for mark in marks}
-        for start, end in zip(cuts, cuts[1:], strict=False):
-            is_learned = any(a <= start < b for a, b in learned)
-            yield Piece(letters.show(text[start:end]), start in control, is_learned)
+        cuts = {0, len(text), *(place for mark in marks for place in mark.span())}
+        ordered = sorted(cuts.union(*((span.start, span.end) for span in spans)))
+        is_control = {mark.start() for mark in marks}
+        thinking = {span.start: span for span in spans if span.thought is not None}
+        for start, end in zip(ordered, ordered[1:], strict=False):
+            if start in thinking:
+                yield from self._thinking(thinking[start], letters)
+            is_learned = any(span.start <= start < span.end for span in spans)
+            yield Piece(letters.show(text[start:end]), start in is_control, is_learned)
+
+    def _thinking(self, span: Span, letters: Letters) -> Iterator[Piece]:
+        """What a model thinks before it answers, for templates that show no thinking since it is gone when they run."""
+        assert span.thought is not None
+        yield from self._cut(span.opened, [], letters) if span.opened else [control(THINK, learned=True)]
+        yield from (said(span.thought), control(END_THINK, learned=True))
+
+
+def _stands_in(text: str, part: str, letters: Letters) -> bool:
+    core = part.strip()
+    return letters.hide_all(core) in text or letters.hide_all(as_json(core)) in text
 
 
 def _nothing_left_out(request: Request, text: str, letters: Letters) -> None:
-    """Every message stands in the text, and the thinking that was asked for."""
+    """Every message stands in the text, and the thinking that was asked for, unless it can be added (`_thinking`)."""
     i = 0
     for message in request.conversation:
         parts = [(f"what the {message.role} says", message.content)]
         parts += [("a tool call", call.name) for call in message.tool_calls]
         if message.role != "system":
-            parts.append(("the thinking of an answer (keep_thinking='none' leaves it out)", request.thought(i) or ""))
+            thought = request.thought(i)
             i += 1
+            if thought is not None and (request.add_generation_prompt or not request.can_think):
+                parts.append(("the thinking of an answer (keep_thinking='none' leaves it out)", thought))
         for what, part in parts:
-            core = part.strip()
-            if letters.hide_all(core) not in text and letters.hide_all(as_json(core)) not in text:
+            if not _stands_in(text, part, letters):
                 raise ValueError(f"{ITS} leaves out {what}; put another into tokenizer_config.json")

@@ -70,7 +70,7 @@ class Tokenizer:
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
         if self.template is not None:
-            config["chat_template"] = self.template
+            config.setdefault("chat_template", self.template)
         write_whole(directory / "tokenizer.json", self._backend.to_str(pretty=True))
         write_whole(directory / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
 
