@@ -39,7 +39,7 @@ abyssal: from raw text to a reasoning model
   abyssal perplexity DIR [--weights int4]             how well it foresees a text
   abyssal export DIR --to FORMAT --out DIR            BF16, FP8, int8 or int4, for other tools
   abyssal report RUN_DIR                              write RUN_DIR/report.html again
-  abyssal import DIR [--check]                        what a checkpoint is, and whether it would load
+  abyssal import PATH [--check] [--out DIR]           what a checkpoint is, whether it loads; a BF16 directory of it
   abyssal convert DIR --to mla|moe|mla,moe ...        latent attention from GQA, experts from a dense model; the cost
   abyssal presets [NAME]                              published shapes and their sizes; one as a config.json
 

@@ -76,7 +76,7 @@ def test_the_671b_index_goes_through_on_a_laptop(
     for fact in (
         "deepseek_v3: MLA, moe", "61 layers (3 dense)", "8 of 256 experts and 1 shared", "vocabulary 129,280",
         "context 163,840: that of v3 and r1\n",
-        "671,026,419,200, active 36,625,618,432, and 11,6", "of 1 MTP layers", "163 files", "70,272 bytes a token",
+        "671,026,419,200, active 36,625,618,432, and 11,610,068,224 for MTP", "163 files", "70,272 bytes a token",
         "FP32 masters 2,730", "BF16 1,365", "fp8 68", "int4 367", "the names fit; shapes and types could not be",
     ):
         assert fact in said, (fact, said)
@@ -176,6 +176,23 @@ def test_of_an_fp8_checkpoint_the_scales_are_read_and_no_weights(tmp_path: Path,
     save_file(tensors, tmp_path / "fp8" / "model.safetensors")
     with pytest.raises(ValueError, match="experts.2.up_proj.weight_scale_inv has 1 scales that are no positive number"):
         dispatch(["import", "--check", str(tmp_path / "fp8")])
+
+
+def test_what_is_imported_is_a_bf16_directory_with_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    fp8_checkpoint(tmp_path / "fp8")
+    assert dispatch(["import", str(tmp_path / "fp8"), "--out", str(tmp_path / "plain")]) == 0
+    assert "bytes of weights in BF16" in capsys.readouterr().out
+    before, after = open_checkpoint(tmp_path / "fp8"), open_checkpoint(tmp_path / "plain")
+    assert before.config == after.config and before.tensors.keys() == after.tensors.keys()
+    assert {info.stored for info in after.tensors.values()} == {"BF16", "F32"}
+    assert all(torch.equal(before.read(name), after.read(name)) for name in before.tensors)
+    for arguments, said in ((["--check"], "--check writes nothing"), ([], "holds what is to be exported")):
+        with pytest.raises(ValueError, match=said):
+            dispatch(["import", str(tmp_path / "plain"), "--out", str(tmp_path / "plain"), *arguments])
+    index = write_index(tmp_path, list(before.tensors), json.loads((tmp_path / "fp8" / "config.json").read_text()))
+    with pytest.raises(ValueError, match="has no weights to write"):
+        dispatch(["import", str(index), "--out", str(tmp_path / "third")])
+    assert not (tmp_path / "third").exists()
 
 
 def test_a_gguf_file_goes_through_the_same_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

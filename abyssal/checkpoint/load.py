@@ -46,6 +46,7 @@ from abyssal.model.transformer import Transformer
 from abyssal.tokens.tokenizer import Tokenizer
 
 ROWS = 8192  # of a table compared at a time
+REMEDY = "copy config.json and weights again, both of one checkpoint"
 
 Weights = Literal["master", "compute", "fp8", "int8", "int4"]
 OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
@@ -116,7 +117,7 @@ def meta_model(
 def check_tensors(source: Source, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Every tensor accounted for, before a byte of them is read."""
     if said := told(tensor_faults(source.config, source.tensors, wanted)):
-        raise ValueError(f"{source.path}: the tensors do not fit config.json: {said}")
+        raise ValueError(f"{source.path}: the tensors do not fit config.json: {said}; {REMEDY}")
 
 
 def tensor_faults(

@@ -108,7 +108,7 @@ def survey_index(index: Path) -> Survey:
         kind=hf["model_type"],
         config=config,
         **_sizes(model, views),
-        stored={"with scales": in_fp8, "without": rest} if scales else {},
+        stored={"FP8 by their scales": in_fp8, "other": rest} if scales else {},
         n_tensors=len(found),
         n_files=len(set(weight_map.values())),
         n_bytes=None,

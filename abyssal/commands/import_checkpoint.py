@@ -1,4 +1,5 @@
-"""`abyssal import`: what a checkpoint is and whether it would load, before a byte of its weights is read."""
+"""`abyssal import`: what a checkpoint is and whether it would load, before a byte of its weights is read; and then a
+plain BF16 directory of it, written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -8,13 +9,17 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.console import Console
 
+from abyssal.checkpoint.export_hf import export_hf
+from abyssal.checkpoint.load import REMEDY
 from abyssal.checkpoint.source import Source, open_checkpoint
 from abyssal.checkpoint.survey import Survey, survey, survey_index
 from abyssal.commands.checkpoint_path import resolve_checkpoint
 from abyssal.commands.options import parsed
 from abyssal.model.config import ModelConfig
 from abyssal.model.presets import shaped_like
+from abyssal.progress import bytes_bar
 
 INDEX_ENDING = ".safetensors.index.json"
 LISTED = 50  # tensors of one fault
@@ -23,11 +28,17 @@ LISTED = 50  # tensors of one fault
 @dataclass(frozen=True)
 class ImportOptions:
     path: Annotated[Path, tyro.conf.Positional]  # a checkpoint, or an index with config.json beside it
-    check: bool = False  # say what it is and whether it would load; write nothing
+    check: bool = False  # say what it is and whether it would load, and write nothing
+    out: Path | None = None  # write it here as a Hugging Face directory in BF16
+
+    def __post_init__(self) -> None:
+        if self.check and self.out is not None:
+            raise ValueError(f"--check writes nothing and --out {self.out} does; leave out one of them")
 
 
 def import_checkpoint(arguments: list[str]) -> None:
     options: ImportOptions = parsed(ImportOptions, args=arguments, prog="abyssal import")
+    source = None
     with warnings.catch_warnings(record=True) as said:  # an MTP layer that is not there
         warnings.simplefilter("always")
         if options.path.name.endswith(INDEX_ENDING):
@@ -40,14 +51,21 @@ def import_checkpoint(arguments: list[str]) -> None:
     for warning in said:
         print(f"note: {warning.message}")
     if found.verdict:
-        raise ValueError(f"{found.path} would not load: {found.verdict}")
-    print("the names fit; shapes and types could not be checked" if found.names_only else "it would load")
+        raise ValueError(f"{found.path} would not load: {found.verdict}; {REMEDY}")
+    if options.out is None:
+        print("the names fit; shapes and types could not be checked" if found.names_only else "it would load")
+        return
+    if source is None:
+        raise ValueError(f"{found.path} has no weights to write to {options.out}; name the directory that has them")
+    with bytes_bar(f"writing {options.out}", Console(stderr=True)) as on_bytes:
+        written = export_hf(source, options.out, to="bf16", on_bytes=on_bytes)
+    print(f"{options.out}: {written.n_bytes:,} bytes of weights in BF16")
 
 
 def report(found: Survey, *, words: str) -> list[str]:
     """A line a fact, and a line a tensor that does not fit."""
     config, memory = found.config, ", ".join(f"{kept} {gigabytes(n)}" for kept, n in found.memory.items())
-    mtp = f", and {found.n_mtp:,} of {config.num_nextn_predict_layers} MTP layers" if found.n_mtp else ""
+    mtp = f", and {found.n_mtp:,} for MTP" if found.n_mtp else ""
     stored = ", ".join(f"{kind} {number:,}" for kind, number in sorted(found.stored.items())) or "unknown"
     size = "" if found.n_bytes is None else f", {found.n_bytes:,} bytes"
     facts = {
