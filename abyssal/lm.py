@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,10 +81,15 @@ class LM:
         return [*begin, *self.tokenizer.encode(text)] or [self.tokenizer.eos_id]
 
     def chat(
-        self, messages: Conversation, params: SamplingParams | None = None, *, thinking: ThinkingMode = "auto"
+        self,
+        messages: Conversation,
+        params: SamplingParams | None = None,
+        *,
+        thinking: ThinkingMode = "auto",
+        tools: Sequence[dict[str, Any]] = (),
     ) -> Message:
-        """The assistant's next message, with `thinking` and `content` apart."""
-        prompt = render(messages, self.tokenizer, add_generation_prompt=True, thinking=thinking).ids
+        """The assistant's next message, with `thinking`, `content` and the calls of `tools` (JSON schemas) apart."""
+        prompt = render(messages, self.tokenizer, add_generation_prompt=True, thinking=thinking, tools=tools).ids
         room = self.model.config.max_position_embeddings - len(prompt)
         params = params or SamplingParams(temperature=0.6, top_p=0.95, max_tokens=max(1, room))
         (completion,) = self.engine.generate([prompt], [replace(params)])

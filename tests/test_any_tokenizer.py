@@ -188,9 +188,11 @@ def test_a_damaged_file_loads_or_says_so_in_one_line(seed: int, tmp_path_factory
     spec = json.loads(llama2(rng.choice(["prepended", "metaspace"])).to_str())
     path = tmp_path_factory.mktemp("damaged")
     (path / "tokenizer.json").write_text(json.dumps(damaged(spec, rng)))
-    (path / "tokenizer_config.json").write_text(json.dumps(damaged({"eos_token": {"content": "</s>"}}, rng)))
+    config = {"eos_token": {"content": "</s>"}, "chat_template": [{"name": "default", "template": "{{ messages }}"}]}
+    (path / "tokenizer_config.json").write_text(json.dumps(damaged(config, rng)))
     try:
-        ids = Tokenizer.load(path).encode(TEXT)
+        tokenizer = Tokenizer.load(path)
+        ids, _ = tokenizer.encode(TEXT), tokenizer.template
     except (ValueError, OSError) as error:
         assert "\n" not in str(error)
     else:

@@ -7,9 +7,11 @@ import random
 import shutil
 from pathlib import Path
 
+import chat_templates
 import pytest
 import torch
 from small_models import small_model
+from test_dialects import speaking
 
 import abyssal
 from abyssal import LM, Message, SamplingParams
@@ -152,6 +154,18 @@ def test_chat_returns_thinking_and_content_apart(lm: LM):
     assert open_thought.thinking is not None
     assert lm.chat(QUESTION, params, thinking="off").thinking is None
     assert lm.chat(QUESTION).role == "assistant"  # without params there is room to the end of the context
+
+
+def test_chat_tells_the_model_of_tools_where_its_dialect_does(lm: LM):
+    tokenizer = speaking(chat_templates.V31)
+    talker = LM(small_model("gqa_dense", vocab_size=tokenizer.vocab_size, max_position_embeddings=1024), tokenizer)
+    tool = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}
+    params = SamplingParams(max_tokens=5, seed=3)
+    prompt = render(QUESTION, tokenizer, add_generation_prompt=True, tools=[tool]).ids
+    (drawn,) = talker.engine.generate([prompt], [params])
+    assert talker.chat(QUESTION, params, tools=[tool]) == parse(drawn.ids, tokenizer)
+    with pytest.raises(ValueError, match="our own template has no tool calls; describe tools in the system message"):
+        lm.chat(QUESTION, params, tools=[tool])
 
 
 @pytest.mark.parametrize("thinking", ["auto", "on", "off"])

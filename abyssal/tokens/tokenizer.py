@@ -129,7 +129,7 @@ class Tokenizer:
         """As it is saved, for formats other than tokenizer.json. It reads control tokens in any text."""
         return self._backend
 
-    @property
+    @functools.cached_property
     def template(self) -> str | None:
         """The chat template as Jinja, for other libraries: that of the files, else the one that the marks stand for."""
         return template_text(self._config.get("chat_template")) or template_of(marked(set(self._text.control)))
@@ -149,7 +149,7 @@ class Tokenizer:
             )
         return found
 
-    @property
+    @functools.cached_property
     def end_ids(self) -> frozenset[int]:
         """What ends an answer: the end token, and what the dialect ends turns with."""
         ends = self.dialect.ends if self.speaks else ()
@@ -160,11 +160,11 @@ class Tokenizer:
         """Whether conversations can be written with it at all."""
         return self.template is not None
 
-    @property
+    @functools.cached_property
     def bos_name(self) -> str:
         return self._name_of(self.bos_id)
 
-    @property
+    @functools.cached_property
     def eos_name(self) -> str:
         return self._name_of(self.eos_id)
 

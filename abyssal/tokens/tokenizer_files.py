@@ -65,7 +65,7 @@ def token_name(value: Any) -> str | None:
 def template_text(value: Any) -> str | None:
     """The chat template: a text, or the one called "default" of several."""
     if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        named = {str(entry.get("name")): entry.get("template") for entry in value if isinstance(entry, dict)}
         value = named.get("default", next(iter(named.values()), None))
     return value if isinstance(value, str) and value else None
 
