@@ -208,6 +208,12 @@ def test_a_gguf_file_goes_through_the_same_check(tmp_path: Path, capsys: pytest.
         dispatch(["import", "--check", str(file)])
 
 
+def test_an_index_beside_a_broken_config_is_one_line(tmp_path: Path):
+    index = write_index(tmp_path, ["model.norm.weight"] * 200, OFFICIAL["v3"] | {"rope_scaling": 5})
+    with pytest.raises(ValueError, match="config.json.* of the wrong type"):
+        dispatch(["import", "--check", str(index)])
+
+
 @pytest.mark.parametrize(("argument", "said"), [
     ("nowhere", "is no checkpoint"), ("model.bin", "run code"), ("x.safetensors.index.json", "has no config.json")])
 def test_what_is_no_checkpoint_is_one_line(argument: str, said: str, tmp_path: Path):

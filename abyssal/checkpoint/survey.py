@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from abyssal.checkpoint.compressed_tensors import official_names
-from abyssal.checkpoint.convert import config_from_hf, model_type
+from abyssal.checkpoint.convert import model_type
 from abyssal.checkpoint.faults import told
 from abyssal.checkpoint.fp8_blocks import SCALE, may_be_fp8
-from abyssal.checkpoint.hf_directory import HfDirectory, read_hf_config, without_absent_mtp
+from abyssal.checkpoint.hf_directory import HfDirectory, read_config, read_hf_config, without_absent_mtp
 from abyssal.checkpoint.load import allowed_tensors, meta_model, tensor_faults
 from abyssal.checkpoint.quantization_config import read_quantization
 from abyssal.checkpoint.shard_index import read_index
@@ -89,7 +89,7 @@ def survey_index(index: Path) -> Survey:
     format = read_quantization(hf)
     scales = {name for name in weight_map if format == "fp8" and name.endswith(f".weight{SCALE}")}
     names = official_names(weight_map.keys(), format) - scales
-    config = without_absent_mtp(index.parent, config_from_hf(hf), names)
+    config = without_absent_mtp(index.parent, read_config(index.parent), names)
     model = meta_model(config, len(names), path=index, dtype=torch.bfloat16)
     views = official_views(model)
     shapes = _shapes(views)
