@@ -11,8 +11,10 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import small_model
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
+from abyssal.checkpoint.save import save_checkpoint
 from abyssal.tokens.bpe import train_bpe
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.tokens.tokenizer_files import read_config
@@ -132,9 +134,24 @@ def test_names_of_tokens_are_found_in_whichever_file_has_them(tmp_path: Path):
     (path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>", "lstrip": False}}))
     (path / "config.json").write_text(json.dumps({"eos_token_id": [2, 0], "bos_token_id": 2}))
     (path / "chat_template.jinja").write_text("{{ messages }}")
-    assert read_config(path) == {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ messages }}"}
+    named = {"content": "<s>", "lstrip": False}
+    assert read_config(path) == {"bos_token": named, "eos_token": "</s>", "chat_template": "{{ messages }}"}
     tokenizer = Tokenizer.load(path)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+
+
+def test_a_vocabulary_without_a_begin_token_is_saved_without_one(tmp_path: Path):
+    """As Qwen's; a text then begins with the end of another."""
+    backend = unigram(byte_fallback=True)
+    spec = json.loads(backend.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] == "</s>"]
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)), config={"eos_token": "</s>"})
+    assert (tokenizer.role_id("bos_token"), tokenizer.bos_id) == (None, tokenizer.eos_id)
+    save_checkpoint(tmp_path / "model", small_model(vocab_size=tokenizer.vocab_size), tokenizer)
+    ids = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (ids["bos_token_id"], ids["eos_token_id"]) == (None, tokenizer.eos_id)
+    assert "bos_token" not in json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    assert Tokenizer.load(tmp_path / "model").role_id("bos_token") is None
 
 
 def test_a_vocabulary_without_an_end_token_says_what_to_write():

@@ -35,7 +35,9 @@ def save_checkpoint(
     path = Path(directory)
     if path.exists() and not (path / "config.json").is_file() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is no checkpoint; name another folder or remove it")
-    ids = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ids: dict[str, int | None] = {}
+    if tokenizer is not None:
+        ids = {"bos_token_id": tokenizer.role_id("bos_token"), "eos_token_id": tokenizer.eos_id}
     try:
         with replace_directory(path) as new:
             write_json(new / "config.json", config_to_hf(model.config, **ids))

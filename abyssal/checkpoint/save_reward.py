@@ -28,7 +28,7 @@ WEIGHTS, FACTS = "model.safetensors", "reward.json"
 def save_reward_model(
     directory: Path, model: RewardModel, tokenizer: Tokenizer, *, heads: Sequence[str], facts: dict[str, Any]
 ) -> None:
-    config = config_to_hf(model.body.config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    config = config_to_hf(model.body.config, bos_token_id=tokenizer.role_id("bos_token"), eos_token_id=tokenizer.eos_id)
     architecture = ARCHITECTURES.get(model_type(model.body.config), "AbyssalForCausalLM")
     config |= {
         "architectures": [architecture.replace("ForCausalLM", "ForSequenceClassification")],

@@ -40,7 +40,7 @@ def budget_curve(
 ) -> list[dict[str, Any]]:
     """For each of `config.budgets` the accuracy with its interval, the share of answers cut, the tokens thought."""
     engine = Engine(
-        model, eos_ids=[tokenizer.eos_id], max_batch=256, record_experts=False, vocab_size=tokenizer.vocab_size
+        model, eos_ids=sorted(tokenizer.end_ids), max_batch=256, record_experts=False, vocab_size=tokenizer.vocab_size
     )
     params = SamplingParams(temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens)
     k = config.budget_answers

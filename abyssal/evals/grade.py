@@ -12,6 +12,7 @@ from typing import NamedTuple
 from abyssal.reward.form import is_mixed, language_consistency, thinking_tags_ok, well_formed
 from abyssal.reward.verifiers import Verifiers
 from abyssal.reward.worker_process import kind_of
+from abyssal.tokens.chat import opens_thinking
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Rollout
 
@@ -38,7 +39,10 @@ def grade(rollouts: list[Rollout], verifiers: Verifiers, tokenizer: Tokenizer) -
     for rollout, truncated in zip(rollouts, cut_off, strict=True):
         problem, message, completion = rollout.problem, rollout.message, rollout.completion
         tags_ok = not tokenizer.has_thinking or thinking_tags_ok(
-            completion.ids, think_id=tokenizer.think_id, end_think_id=tokenizer.end_think_id
+            completion.ids,
+            think_id=tokenizer.think_id,
+            end_think_id=tokenizer.end_think_id,
+            thinking_open=opens_thinking(completion.prompt_ids, tokenizer),
         )
         accuracy, error = (0.0, None) if truncated else next(scores)
         form = well_formed(problem, message, tags_ok=tags_ok and not truncated).value

@@ -72,7 +72,7 @@ def evaluate(
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Result:
     """K answers to each problem through the engine; all checkpoints meet the same problems with the same noise."""
-    engine = Engine(model, eos_ids=[tokenizer.eos_id], max_batch=256, vocab_size=tokenizer.vocab_size)
+    engine = Engine(model, eos_ids=sorted(tokenizer.end_ids), max_batch=256, vocab_size=tokenizer.vocab_size)
     params = SamplingParams(temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens)
     batch = max(1, 512 // config.answers)
     rollouts: list[Rollout] = []
@@ -110,7 +110,7 @@ def engine_gap(
 
     `largest` and `mean` are on the engine's experts (router replay), `free_*` with the trainer choosing for itself.
     """
-    engine = Engine(model, eos_ids=[tokenizer.eos_id], max_batch=64, vocab_size=tokenizer.vocab_size)
+    engine = Engine(model, eos_ids=sorted(tokenizer.end_ids), max_batch=64, vocab_size=tokenizer.vocab_size)
     params = SamplingParams(temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens)
     rollouts = sample_answers(engine, tokenizer, problems, answers_per_problem=1, params=params, seed=seed)
     replay = model.config.feed_forward == "moe"

@@ -41,12 +41,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     """tokenizer_config.json, with what only the files beside it say: names of tokens and the chat template."""
     config = _read_object(directory / "tokenizer_config.json")
     beside = _read_object(directory / "special_tokens_map.json")
-    ids = {role: index for role in ROLES if isinstance(index := _first_id(directory, role), int)}
+    config |= {role: beside[role] for role in _unnamed(config) if token_name(beside.get(role))}
+    ids = {role: index for role in _unnamed(config) if isinstance(index := _first_id(directory, role), int)}
     names = _names_of(directory, set(ids.values())) if ids else {}
-    for role in ROLES:
-        named = token_name(config.get(role)) or token_name(beside.get(role)) or names.get(ids.get(role, -1))
-        if named is not None and token_name(config.get(role)) is None:
-            config[role] = named
+    config |= {role: names[index] for role, index in ids.items() if index in names}
     template = directory / "chat_template.jinja"
     if "chat_template" not in config and template.is_file():
         try:
@@ -81,6 +79,10 @@ def write_whole(path: Path, text: str) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror}; free some space and run again") from None
+
+
+def _unnamed(config: dict[str, Any]) -> list[str]:
+    return [role for role in ROLES if token_name(config.get(role)) is None]
 
 
 def _first_id(directory: Path, role: str) -> Any:
