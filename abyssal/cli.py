@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from abyssal.checkpoint.own_sampling import own_sampling
 from abyssal.commands.checkpoint_path import resolve_checkpoint
 from abyssal.commands.convert_shape import convert
 from abyssal.commands.export_checkpoint import export_checkpoint
@@ -52,8 +53,8 @@ class ChatOptions:
     # a checkpoint, a run and its name (out/laptop/r1), a GGUF file, or a model that is fetched once (smollm2)
     directory: Annotated[Path, tyro.conf.Positional]
     prompt: str | None = None  # answer this and end
-    temperature: float = 0.6
-    top_p: float = 0.95
+    temperature: float | None = None  # the model's own, or else 0.6
+    top_p: float | None = None  # the model's own, or else 0.95
     max_tokens: int = 256
     seed: int = 0
     thinking: Literal["auto", "on", "off"] = "auto"  # auto: the model decides
@@ -110,11 +111,16 @@ def walk_recipe(arguments: list[str], stages: tuple[str, ...], *, prog: str) -> 
 
 def chat(arguments: list[str]) -> None:
     options: ChatOptions = parsed(ChatOptions, args=arguments, prog="abyssal chat")
+    path = resolve_checkpoint(options.directory)
+    own = own_sampling(path)
     params = SamplingParams(
-        temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens, seed=options.seed
+        temperature=own.temperature if options.temperature is None else options.temperature,
+        top_p=own.top_p if options.top_p is None else options.top_p,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
     )
     talk(
-        resolve_checkpoint(options.directory),
+        path,
         params=params,
         thinking=options.thinking,
         prompt=options.prompt,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from abyssal.checkpoint.load import FORMATS, OnBytes, Weights, load_checkpoint
+from abyssal.checkpoint.own_sampling import R1, Sampling, own_sampling
 from abyssal.checkpoint.packaged import packaged_checkpoint
 from abyssal.engine.engine import Engine
 from abyssal.model.transformer import Transformer
@@ -34,9 +35,16 @@ class Generated(NamedTuple):
 
 class LM:
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, *, max_batch: int = 64, invariant: bool = False
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        sampling: Sampling = R1,
+        max_batch: int = 64,
+        invariant: bool = False,
     ) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+        """`sampling` is what `chat` draws with unless it is told otherwise."""
+        self.model, self.tokenizer, self.sampling = model.eval(), tokenizer, sampling
         self.engine = Engine(
             model,
             eos_ids=sorted(tokenizer.end_ids),
@@ -91,7 +99,8 @@ class LM:
         """The assistant's next message, with `thinking`, `content` and the calls of `tools` (JSON schemas) apart."""
         prompt = render(messages, self.tokenizer, add_generation_prompt=True, thinking=thinking, tools=tools).ids
         room = self.model.config.max_position_embeddings - len(prompt)
-        params = params or SamplingParams(temperature=0.6, top_p=0.95, max_tokens=max(1, room))
+        own = self.sampling
+        params = params or SamplingParams(temperature=own.temperature, top_p=own.top_p, max_tokens=max(1, room))
         (completion,) = self.engine.generate([prompt], [replace(params)])
         return parse(completion.ids, self.tokenizer, thinking_open=opens_thinking(prompt, self.tokenizer))
 
@@ -136,4 +145,4 @@ def load(
     loaded = load_checkpoint(path, dtype=dtype, device=device, weights=weights, on_bytes=on_bytes)
     if loaded.tokenizer is None:
         raise FileNotFoundError(f"{directory} has no tokenizer.json: copy the model's tokenizer files into it")
-    return LM(loaded.model, loaded.tokenizer, invariant=invariant)
+    return LM(loaded.model, loaded.tokenizer, sampling=own_sampling(path), invariant=invariant)

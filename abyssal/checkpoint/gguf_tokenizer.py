@@ -96,7 +96,9 @@ def tokenizer_to_gguf(tokenizer: Tokenizer, n_rows: int) -> dict[str, Any]:
 def _bpe(vocab: dict[str, int], merges: list[tuple[str, ...]], *, ignore_merges: bool) -> models.BPE:
     try:
         return models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges)  # type: ignore[arg-type]
-    except Exception as error:  # the library raises a bare Exception for a merge of unknown tokens
+    except BaseException as error:  # a bare Exception for a merge of unknown tokens, a panic for the rest
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         raise ValueError(f"{KEY}merges do not fit {KEY}tokens ({error})") from None
 
 

@@ -24,6 +24,7 @@ from abyssal.checkpoint.gguf_config import architecture, config_to_gguf, rope_fa
 from abyssal.checkpoint.gguf_names import EMBEDDING, HEAD, ROPE_FACTORS, Entry, entries, to_gguf
 from abyssal.checkpoint.gguf_tokenizer import tokenizer_to_gguf
 from abyssal.checkpoint.load import OnBytes, check_tensors, meta_model
+from abyssal.checkpoint.own_sampling import GGUF_KEYS, said_sampling
 from abyssal.checkpoint.source import Source
 from abyssal.checkpoint.tensor_names import official_views
 from abyssal.model.config import ModelConfig
@@ -74,6 +75,7 @@ def write_gguf(
         "general.type": "model",
         "general.name": name or source.path.stem,
         "general.file_type": int(FILE_TYPES[quant]),
+        **{GGUF_KEYS[key]: value for key, value in said_sampling(source.path).items()},
         **described.metadata,
         **_vocabulary(source),
     }
