@@ -38,7 +38,7 @@ abyssal: from raw text to a reasoning model
   abyssal STAGE RECIPE.toml [--section.key value ...] one stage: {" ".join(STAGES)}
   abyssal chat DIR [--prompt TEXT ...]                talk to a checkpoint: out/laptop/r1, a GGUF file, smollm2
   abyssal perplexity DIR [--weights int4]             how well it foresees a text
-  abyssal export DIR --to FORMAT --out DIR            BF16, FP8, int8 or int4, for other tools
+  abyssal export DIR --to FORMAT --out DIR            BF16, FP8, int8, int4 or gguf, for other tools
   abyssal report RUN_DIR                              write RUN_DIR/report.html again
   abyssal import PATH [--check] [--out DIR]           what a checkpoint is, whether it loads; a BF16 directory of it
   abyssal convert DIR --to mla|moe|mla,moe ...        latent attention from GQA, experts from a dense model; the cost

@@ -70,9 +70,28 @@ def test_bf16_says_its_size_and_no_more(base: Path, capsys):
     assert re.fullmatch(r"copy: [\d.]+ MB of weights\n", said)
 
 
+def test_gguf_is_one_file_that_says_what_it_lost(base: Path, capsys):
+    text = ["--text", "text.txt", "--windows", "2", "--window", "32"]
+    said = run(capsys, "export", "out/run/r1", "--to", "gguf", "--quant", "Q8_0", "--out", "r1.gguf", *text)
+    written, mtp, narrow, measured = said.splitlines()
+    assert re.fullmatch(r"r1.gguf: [\d.]+ MB, Q8_0", written)
+    assert mtp == "note: left out: 1 MTP layers, for which deepseek2 has no tensors"
+    assert narrow.startswith("note: 11 tensors stay F16, among them blk.0.attn_k_b.weight")
+    after = run(capsys, "perplexity", "r1.gguf", "--dtype", "auto", *text)
+    assert f", {after.split()[1]} after" in measured
+    said = run(capsys, "export", "r1.gguf", "--to", "gguf", "--out", "again.gguf")  # BF16, and nothing to measure
+    assert re.fullmatch(r"again.gguf: [\d.]+ MB, BF16\n", said)
+    assert open_checkpoint("again.gguf").config == open_checkpoint("r1.gguf").config
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--to", "gguf"], "--out exported should be a file for gguf: exported.gguf"),
+        (["--to", "bf16", "--quant", "Q8_0"], "--quant Q8_0 is a type of GGUF's; write --to gguf"),
+        (["--to", "gguf", "--out", "m.gguf", "--quant", "Q3_K"], "--help lists what there is"),
+        (["--to", "gguf", "--out", "m.gguf", "--activation-aware"], "for int8 and int4, not gguf"),
+        (["--to", "gguf", "--out", "m.gguf", "--scale-format", "ue8m0"], "is for fp8, not gguf; leave it out"),
         (["--to", "fp8", "--activation-aware"], "--activation-aware is for int8 and int4, not fp8"),
         (["--to", "int3"], "--help lists what there is"),
         (["--to", "int4", "--shard-gb", "0"], "shard_gb=0.0 holds no tensor"),
