@@ -16,7 +16,9 @@ from rich.console import Console
 from test_extend import micro, walked
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from abyssal.checkpoint.gguf_write import write_gguf
 from abyssal.checkpoint.load import load_checkpoint
+from abyssal.checkpoint.source import open_checkpoint
 from abyssal.stages.extend import ExtendConfig
 from abyssal.stages.foreign import foreign_model, foreign_tokenizer, with_rows
 from abyssal.stages.pretrain import as_batch
@@ -299,7 +301,7 @@ def test_what_cannot_be_a_base_is_refused_before_any_work(tmp_path: Path):
     assert "quantization_config" in refused(path)
     path = copy("speechless")
     (path / "tokenizer.json").unlink()
-    assert "tokenizer.json is missing" in refused(path)
+    assert "has no tokenizer.json: copy the model's tokenizer files into it" in refused(path)
     path = copy("endless")
     (path / "tokenizer_config.json").write_text("{}")
     broken_config(path, eos_token_id=None, bos_token_id=None)
@@ -309,6 +311,16 @@ def test_what_cannot_be_a_base_is_refused_before_any_work(tmp_path: Path):
     backend.normalizer = normalizers.Lowercase()
     backend.save(str(path / "tokenizer.json"))
     assert "so answers could not be compared as text" in refused(path)
+
+
+def test_a_gguf_file_is_a_start_as_the_directory_it_was_made_of_is(tmp_path: Path):
+    path = made(tmp_path / "m", "qwen2", spare=2)
+    file = write_gguf(open_checkpoint(path), tmp_path / "m.gguf", quant="F32").file
+    (tokenizer, said), (same, also) = adopted(path), adopted(file)
+    assert also == said.replace(str(path), str(file))
+    assert same.encode("the sea\n所以") == tokenizer.encode("the sea\n所以") and same.eos_id == tokenizer.eos_id
+    ours, theirs = (foreign_model(p, tokenizer, dtype="float32", device=CPU).state_dict() for p in (file, path))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path):

@@ -51,5 +51,5 @@ def test_a_gguf_file_says_it_too_and_one_that_we_write_says_what_the_checkpoint_
 def test_a_packaged_model_is_asked_as_it_answers_best(tmp_path: Path):
     """SmolLM2 in four bits: the likeliest token each time. The file itself says nothing."""
     model, arch = a_model("llama")
-    name = Path(PACKAGED["smollm2"].weights).name
-    assert own_sampling(write_file(tmp_path / name, arch, described(model, arch), converted(model, arch))) == (0.0, 0.95)
+    file = tmp_path / Path(PACKAGED["smollm2"].weights).name
+    assert own_sampling(write_file(file, arch, described(model, arch), converted(model, arch))) == (0.0, 0.95)

@@ -1,8 +1,8 @@
-"""Any model as a start: a Hugging Face directory of somebody else's becomes the base of a run.
+"""Any model as a start: a checkpoint of somebody else's, of any format, becomes the base of a run.
 
 Its vocabulary is kept, and what the chat template needs and it lacks (<think>, turn marks) is added at its end, with
 rows of their own in the tables. A vocabulary with ChatML's marks keeps ChatML. Owns what is added and how its rows
-begin. Does not own reading the directory (checkpoint/) nor the template (tokens/chat.py).
+begin. Does not own reading the checkpoint (checkpoint/) nor the template (tokens/chat.py).
 Letters: V vocabulary, D width.
 """
 
@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from abyssal.checkpoint.atomic import find_directory
 from abyssal.checkpoint.load import load_checkpoint, load_config
+from abyssal.checkpoint.packaged import packaged_checkpoint
+from abyssal.checkpoint.source import open_checkpoint
 from abyssal.model.rope import rope_frequencies
 from abyssal.model.transformer import Transformer
 from abyssal.tokens.bpe import ASSISTANT, CHATML_END, END_THINK, THINK, USER
@@ -29,9 +30,9 @@ ROUND_TRIP = ("a b", " Two  blanks,\n\tthen a line", "4+3*2-1 = 0", "所以 é")
 
 def foreign_tokenizer(directory: Path, *, say: Callable[[str], None]) -> Tokenizer:
     """Its tokenizer, completed. What was added is said aloud, in one line."""
-    path = find_directory(directory)
+    path = packaged_checkpoint(directory, say=say)
     load_config(path)  # a model that cannot be loaded later is refused before any work
-    found = Tokenizer.load(path)
+    found = their_tokenizer(path)
     for text in ROUND_TRIP:
         if found.decode(found.encode(text)) != text:
             raise ValueError(
@@ -59,10 +60,17 @@ def foreign_tokenizer(directory: Path, *, say: Callable[[str], None]) -> Tokeniz
     return tokenizer
 
 
+def their_tokenizer(path: Path) -> Tokenizer:
+    found = open_checkpoint(path).tokenizer()
+    if found is None:
+        raise FileNotFoundError(f"{path} has no tokenizer.json: copy the model's tokenizer files into it")
+    return found
+
+
 def foreign_model(directory: Path, tokenizer: Tokenizer, *, dtype: str, device: torch.device) -> Transformer:
     """Its model, with a row for every id of `tokenizer`, the completed one."""
-    model = load_checkpoint(directory, dtype=dtype, device=device).model
-    before = Tokenizer.load(find_directory(directory))
+    path = packaged_checkpoint(directory, say=lambda _: None)  # fetched when its tokenizer was asked for
+    model, before = load_checkpoint(path, dtype=dtype, device=device).model, their_tokenizer(path)
     n_before = before.vocab_size
     if n_before > model.config.vocab_size:
         raise ValueError(

@@ -30,7 +30,7 @@ from abyssal.stages.traces import TracesConfig
 class RunConfig:
     name: str = "run"
     out: str = "out"  # the run directory is <out>/<name>
-    base: str = ""  # a Hugging Face directory to start from, its tokenizer included; "": the [model] of the recipe
+    base: str = ""  # a checkpoint of any format to start from, tokenizer included; "": the [model] of the recipe
     seed: int = 0
     device: str = "auto"
     threads: int = 0  # CPU threads; 0: every core
