@@ -174,7 +174,7 @@ def main(options: Options) -> None:
         )
     if options.save:
         result = {"preset": options.preset, "bytes": size, "shard": shard, "at_most": most, "random": options.random}
-        append_result("load", result | {who: [run for name, run in runs if name == who] for who in WHO})
+        append_result("load", result | {"runs": {who: [run for name, run in runs if name == who] for who in WHO}})
 
 
 if __name__ == "__main__":

@@ -180,8 +180,8 @@ def load_table() -> list[str]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for row in {row["preset"]: row for row in rows}.values():
         for who in ("abyssal", "transformers"):
-            loaded, read = (min(run[key] for run in row[who]) for key in ("seconds", "seconds_with_touch"))
-            peak, own = (max(run[key] for run in row[who]) / 1e9 for key in ("peak", "peak_own"))
+            loaded, read = (min(run[key] for run in row["runs"][who]) for key in ("seconds", "seconds_with_touch"))
+            peak, own = (max(run[key] for run in row["runs"][who]) / 1e9 for key in ("peak", "peak_own"))
             lines.append(
                 f"| `{row['preset']}`, {row['bytes'] / 1e9:.1f} GB | {row['shard'] / 1e9:.1f} GB | {who} "
                 f"| {loaded:.0f} s | {read:.0f} s | {peak:.1f} GB | {own:.1f} GB | {row['at_most'] / 1e9:.1f} GB |"
