@@ -6,22 +6,17 @@ much. Every number read is bounded and compared with the tensors before anything
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 from gguf import ExpertGatingFuncType
 from numpy.typing import NDArray
 
-from abyssal.model.config import ModelConfig, RopeScaling, yarn_mscale
-from abyssal.model.rope import rope_amplitude, rope_frequencies
+from abyssal.checkpoint.gguf_keys import MAX_CONTEXT, MAX_EXPERTS, Keys
+from abyssal.checkpoint.gguf_rope import llama3_scaling, read_scaling, write_scaling
+from abyssal.model.config import ModelConfig
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "deepseek2")
-MAX_CONTEXT = 1 << 24  # the longest there is has ten million tokens
-MAX_WIDTH = 1 << 18  # of a layer, and layers or heads in number; what exists stays below 65,536
-MAX_EXPERTS = 1 << 12
-LLAMA3_BANDS = (1.0, 4.0, 8192)  # low and high factor, original length: Llama 3's own, which files do not repeat
 LITE_DEPTHS = (26, 27)  # where llama.cpp takes a deepseek2 without query latent for one of the published small ones
 GATING: dict[Any, int] = {"softmax": ExpertGatingFuncType.SOFTMAX, "sigmoid": ExpertGatingFuncType.SIGMOID}
 Shapes = dict[str, tuple[int, ...]]
@@ -36,7 +31,7 @@ class Described(NamedTuple):
 
 def config_from_gguf(metadata: dict[str, Any], shapes: Shapes, *, rope_factors: NDArray[Any] | None) -> ModelConfig:
     """What the metadata says, or a ValueError naming the key. `rope_factors` is the tensor rope_freqs.weight."""
-    read = _Keys(metadata)
+    read = Keys(metadata)
     if read.arch not in ARCHITECTURES:
         raise ValueError(f"general.architecture={read.arch!r} is not supported; known are {', '.join(ARCHITECTURES)}")
     embedding = shapes.get("token_embd.weight", ())
@@ -61,7 +56,7 @@ def config_from_gguf(metadata: dict[str, Any], shapes: Shapes, *, rope_factors: 
         if rope_factors is not None:
             raise ValueError("rope_freqs.weight in a deepseek2 is not supported")
         config = ModelConfig(**common, **_read_mla(read, shapes), **_read_moe(read, shapes))
-        return replace(config, rope_scaling=_read_scaling(read, mla=True))
+        return replace(config, rope_scaling=read_scaling(read, mla=True))
     head_dim = read.count("attention.key_length", common["hidden_size"] // n_heads)
     read.only("attention.value_length", head_dim, "keys and values of one width")
     read.only("rope.dimension_count", head_dim, "all of a head rotated")
@@ -76,12 +71,11 @@ def config_from_gguf(metadata: dict[str, Any], shapes: Shapes, *, rope_factors: 
         qkv_bias="blk.0.attn_q.bias" in shapes,
         qk_norm=read.arch == "qwen3",
     )
-    scaling = _read_scaling(read, mla=False)
+    scaling = read_scaling(read, mla=False)
     if rope_factors is not None:
         if scaling is not None:
             raise ValueError("rope_freqs.weight beside rope.scaling is not supported")
-        original = read.count("rope.scaling.original_context_length", LLAMA3_BANDS[2], most=MAX_CONTEXT)
-        scaling = _llama3_scaling(config, rope_factors, original=original)
+        scaling = llama3_scaling(read, config, rope_factors)
     return replace(config, rope_scaling=scaling)
 
 
@@ -115,7 +109,7 @@ def config_to_gguf(config: ModelConfig) -> Described:
             "attention.key_length": config.head_dim,
             "attention.value_length": config.head_dim,
         }
-    keys |= _write_scaling(config)
+    keys |= write_scaling(config)
     return Described({f"{arch}.{key}": value for key, value in keys.items()}, notes)
 
 
@@ -144,15 +138,7 @@ def architecture(config: ModelConfig) -> str:
     return "qwen2"
 
 
-def rope_factors(config: ModelConfig) -> NDArray[np.float32] | None:
-    """By what Llama 3's scaling divides each frequency: the tensor rope_freqs.weight, or None for another scaling."""
-    if config.rope_scaling is None or config.rope_scaling.kind != "llama3":
-        return None
-    plain = rope_frequencies(replace(config, rope_scaling=None))
-    return (plain / rope_frequencies(config)).numpy()
-
-
-def _read_mla(read: _Keys, shapes: Shapes) -> dict[str, Any]:
+def _read_mla(read: Keys, shapes: Shapes) -> dict[str, Any]:
     """Files of before April 2025 give the widths of a head where newer ones give those of the absorbed form."""
     absorbed = "blk.0.attn_k_b.weight" in shapes
     head_dim = read.count("attention.key_length_mla" if absorbed else "attention.key_length")
@@ -182,7 +168,7 @@ def _write_mla(config: ModelConfig) -> dict[str, Any]:
     return keys if config.q_lora_rank is None else keys | {"attention.q_lora_rank": config.q_lora_rank}
 
 
-def _read_moe(read: _Keys, shapes: Shapes) -> dict[str, Any]:
+def _read_moe(read: Keys, shapes: Shapes) -> dict[str, Any]:
     stacks = {name: shape for name, shape in shapes.items() if name.endswith("ffn_gate_exps.weight")}
     if not stacks:
         return dict(feed_forward="dense")
@@ -230,124 +216,3 @@ def _write_moe(config: ModelConfig) -> dict[str, Any]:
         "expert_weights_norm": config.norm_topk_prob,
         "expert_weights_scale": float(config.routed_scaling_factor),
     }
-
-
-def _read_scaling(read: _Keys, *, mla: bool) -> RopeScaling | None:
-    """YaRN's amplitude on cos and sin is 0.1 ln(factor) + 1 times attn_factor; deepseek2 has none, it scales scores."""
-    factor = read.number("rope.scaling.factor", 1.0)
-    kind = read.value("rope.scaling.type", str, "linear")  # llama.cpp's default; by a factor of 1 it is none
-    if kind == "none" or (kind == "linear" and factor == 1):
-        return None
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=factor)
-    if kind != "yarn":
-        raise ValueError(f"{read.arch}.rope.scaling.type={kind!r} is not supported; known are none, linear and yarn")
-    mscale, amplitude = 0.0, None
-    if mla:
-        read.only("rope.scaling.attn_factor", 1.0, "deepseek2 scales scores by yarn_log_multiplier")
-        mscale = round(10 * read.number("rope.scaling.yarn_log_multiplier"), 6)  # a tenth of it, in 32 bits
-    elif (attn_factor := read.number("rope.scaling.attn_factor", 1.0)) != 1:
-        amplitude = round(attn_factor * yarn_mscale(factor, 1.0), 6)
-    return RopeScaling(
-        kind="yarn",
-        factor=factor,
-        original_max_position_embeddings=read.count("rope.scaling.original_context_length", most=MAX_CONTEXT),
-        beta_fast=read.number("rope.scaling.yarn_beta_fast", 32.0),
-        beta_slow=read.number("rope.scaling.yarn_beta_slow", 1.0),
-        mscale=mscale,
-        mscale_all_dim=mscale,
-        attention_factor=amplitude,
-    )
-
-
-def _write_scaling(config: ModelConfig) -> dict[str, Any]:
-    scaling = config.rope_scaling
-    if scaling is None:
-        return {}
-    original = {"rope.scaling.original_context_length": scaling.original_max_position_embeddings}
-    if scaling.kind == "llama3":  # rope_freqs.weight says the rest; a factor here would scale a second time
-        return original
-    keys = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": float(scaling.factor)}
-    if scaling.kind == "linear":
-        return keys
-    keys |= original | {
-        "rope.scaling.yarn_beta_fast": float(scaling.beta_fast),
-        "rope.scaling.yarn_beta_slow": float(scaling.beta_slow),
-    }
-    amplitude = rope_amplitude(config)
-    if config.attention == "mla":
-        if amplitude != 1:
-            raise ValueError(
-                f"mscale={scaling.mscale} is not mscale_all_dim={scaling.mscale_all_dim}: GGUF's deepseek2 has one "
-                f"number for both; export to a directory instead"
-            )
-        return keys | {"rope.scaling.yarn_log_multiplier": 0.1 * scaling.mscale_all_dim}
-    attn_factor = amplitude / yarn_mscale(scaling.factor, 1.0)
-    return keys if attn_factor == 1 else keys | {"rope.scaling.attn_factor": attn_factor}
-
-
-def _llama3_scaling(config: ModelConfig, factors: NDArray[Any], *, original: int) -> RopeScaling:
-    """The scaling whose frequencies these factors give. (Llama 3.1 release code)
-
-    Slow pairs are divided by `factor`, fast ones by 1. In the band between, 1/divisor = s + (1 - s) / factor with
-    s = (original / wavelength - low) / (high - low): two pairs of the band give low and high.
-    """
-    plain = rope_frequencies(config).double().numpy()
-    factors = factors.astype(np.float64)
-    if factors.shape != plain.shape or not (np.isfinite(factors).all() and factors.min() >= 1):
-        raise ValueError(f"rope_freqs.weight of shape {factors.shape} holds no factors for {len(plain)} pairs")
-    factor = float(str(np.float32(factors.max())))
-    low, high, _ = LLAMA3_BANDS
-    guesses = [(low, high)]
-    in_band = (factors > 1) & (factors < factors.max() * (1 - 1e-6))
-    if in_band.sum() > 1:
-        s = (1 / factors[in_band] - 1 / factor) / (1 - 1 / factor)
-        slope, offset = np.polyfit(original * plain[in_band] / (2 * math.pi), s, 1)
-        guesses.append((round(-offset / slope, 4), round((1 - offset) / slope, 4)))
-    for low, high in guesses:
-        scaling = RopeScaling(
-            kind="llama3", factor=factor, original_max_position_embeddings=original, low_freq_factor=low,
-            high_freq_factor=high,
-        )  # fmt: skip
-        ours = rope_frequencies(replace(config, rope_scaling=scaling)).double().numpy()
-        if np.allclose(plain / factors, ours, rtol=1e-5, atol=0):
-            return scaling
-    raise ValueError("rope_freqs.weight is no scaling of Llama 3's form, the only one supported")
-
-
-class _Keys:
-    """Reads keys of the architecture; a wrong type or an absurd number is an error that names the key."""
-
-    def __init__(self, metadata: dict[str, Any]) -> None:
-        self.metadata = metadata
-        self.arch = str(metadata.get("general.architecture"))
-
-    def value(self, key: str, kind: type, default: Any = None) -> Any:
-        name = f"{self.arch}.{key}"
-        value = self.metadata.get(name, default)
-        if value is None:
-            raise ValueError(f"the metadata lacks {name}")
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{name}={_short(value)} should be of type {kind.__name__}")
-        return value
-
-    def count(self, key: str, default: int | None = None, *, most: int = MAX_WIDTH) -> int:
-        value: int = self.value(key, int, default)
-        if not 1 <= value <= most:
-            raise ValueError(f"{self.arch}.{key}={value} is not between 1 and {most}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value: float = self.value(key, float, default)
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{self.arch}.{key}={value} is no positive number")
-        return value
-
-    def only(self, key: str, supported: Any, wanted: str) -> None:
-        value = self.metadata.get(f"{self.arch}.{key}", supported)
-        if value != supported:
-            raise ValueError(f"{self.arch}.{key}={_short(value)} is not supported: {wanted}")
-
-
-def _short(value: Any) -> str:
-    return repr(value)[:40]

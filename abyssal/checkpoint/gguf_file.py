@@ -1,4 +1,4 @@
-"""A GGUF file as a source of tensors: official names and layout, numbers of any of its types. Writes nothing.
+"""A GGUF file, in parts or whole, as a source of tensors: official names and layout, numbers of any of its types.
 
 Weights are read one tensor at a time and not mapped: under a map, a file cut short by somebody else ends the process.
 Letters: H heads, N unrotated rows of a key, V rows of a value, L latent.
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from abyssal.checkpoint.gguf_config import config_from_gguf
-from abyssal.checkpoint.gguf_header import StoredTensor, read_header
+from abyssal.checkpoint.gguf_header import StoredTensor
 from abyssal.checkpoint.gguf_names import ROPE_FACTORS, Entry, entries, halves_from_pairs, join_kv_b
+from abyssal.checkpoint.gguf_parts import read_parts
 from abyssal.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from abyssal.checkpoint.tensor_info import TensorInfo
 from abyssal.kernels.quantize import Quantized
@@ -42,7 +43,7 @@ class Place(NamedTuple):
 class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
-        header = read_header(path)
+        header = read_parts(path)
         self._metadata, stored = header.metadata, dict(header.tensors)
         try:
             for kind in {tensor.type for tensor in stored.values()}:
@@ -70,7 +71,7 @@ class GgufFile:
         out.copy_(self.read(name))
 
     def read_quantized(self, name: str) -> Quantized | None:
-        return None
+        return None  # GGUF's few bits come in blocks of other forms than those we compute with
 
     def tokenizer(self) -> Tokenizer | None:
         try:
@@ -88,13 +89,13 @@ class GgufFile:
         with np.errstate(all="ignore"):  # what it would warn of is an error here
             numbers = dequantize(rows, stored.type)
         if not np.isfinite(numbers).all():
-            raise ValueError(f"{self.path}: scales of {stored.type.name} at byte {stored.offset} are NaN or infinite")
+            raise ValueError(f"{stored.file}: scales of {stored.type.name} at byte {stored.offset} are NaN or infinite")
         return torch.from_numpy(numbers.reshape(stored.shape))
 
     def _bytes(self, stored: StoredTensor) -> NDArray[np.uint8]:
-        data = np.fromfile(self.path, np.uint8, stored.n_bytes, offset=stored.offset)
+        data = np.fromfile(stored.file, np.uint8, stored.n_bytes, offset=stored.offset)
         if len(data) != stored.n_bytes:
-            raise OSError(f"{self.path} has become shorter while it was read; copy it again")
+            raise OSError(f"{stored.file} has become shorter while it was read; copy it again")
         return data
 
 

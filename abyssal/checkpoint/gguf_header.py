@@ -39,8 +39,9 @@ SCALARS = {
 
 
 class StoredTensor(NamedTuple):
-    """`shape` is row-major, as everywhere but in the file itself; `offset` counts from the start of the file."""
+    """`shape` is row-major, as everywhere but in the file itself; `offset` counts from the start of `file`."""
 
+    file: Path
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     offset: int
@@ -61,7 +62,7 @@ def read_header(path: Path) -> GgufHeader:
         raise FileNotFoundError(f"{path} is not there: name a .gguf file")
     with open(path, "rb") as file:
         try:
-            return _Reader(file).header()
+            return _Reader(file, path).header()
         except (ValueError, struct.error) as error:  # UnicodeDecodeError is a ValueError
             raise ValueError(f"{path} is no GGUF file or damaged ({error}); copy it again") from None
 
@@ -69,8 +70,8 @@ def read_header(path: Path) -> GgufHeader:
 class _Reader:
     """Takes pieces off the front of a file and never more than are left."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.size, self.at = file, os.fstat(file.fileno()).st_size, 0
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path, self.size, self.at = file, path, os.fstat(file.fileno()).st_size, 0
 
     def header(self) -> GgufHeader:
         if self.take(4) != MAGIC:
@@ -112,7 +113,8 @@ class _Reader:
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if 0 in shape or shape[-1] % block:
             raise ValueError(f"the tensor {name[:60]!r} of shape {shape} does not divide into blocks of {kind.name}")
-        return name, StoredTensor(shape, kind, self.number("<Q"), math.prod(shape) // block * block_bytes)
+        n_bytes = math.prod(shape) // block * block_bytes
+        return name, StoredTensor(self.path, shape, kind, self.number("<Q"), n_bytes)
 
     def value_type(self) -> GGUFValueType:
         return GGUFValueType(self.number("<I"))

@@ -20,8 +20,9 @@ from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 from torch import Tensor
 
-from abyssal.checkpoint.gguf_config import architecture, config_to_gguf, rope_factors
+from abyssal.checkpoint.gguf_config import architecture, config_to_gguf
 from abyssal.checkpoint.gguf_names import EMBEDDING, HEAD, ROPE_FACTORS, Entry, entries, to_gguf
+from abyssal.checkpoint.gguf_rope import rope_factors
 from abyssal.checkpoint.gguf_tokenizer import tokenizer_to_gguf
 from abyssal.checkpoint.load import OnBytes, check_tensors, meta_model
 from abyssal.checkpoint.own_sampling import GGUF_KEYS, said_sampling

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from abyssal.checkpoint.atomic import find_directory
 from abyssal.checkpoint.gguf_file import GgufFile
+from abyssal.checkpoint.gguf_parts import first_parts
 from abyssal.checkpoint.hf_directory import HfDirectory
 from abyssal.checkpoint.tensor_info import TensorInfo
 from abyssal.kernels.quantize import Quantized
@@ -52,7 +53,7 @@ def gguf_at(path: Path) -> Path | None:
         return path
     if not path.is_dir() or (path / "config.json").exists():
         return None
-    files = sorted(path.glob("*.gguf"))
+    files = first_parts(sorted(path.glob("*.gguf")))
     if len(files) > 1:
         raise ValueError(f"{path} holds {len(files)} GGUF files; name one of them: {files[0]}")
     return files[0] if files else None
