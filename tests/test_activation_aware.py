@@ -1,4 +1,4 @@
-"""Activation-aware scaling: the same function before rounding, and a nearer one after it."""
+"""Activation-aware rounding: scaled, the same function; rounded, a nearer one."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ def some_ids(n: int = 6) -> Tensor:
     return torch.tensor(random_prompts([24] * n))
 
 
+@pytest.fixture(scope="module")
+def of_experts() -> tuple[Transformer, Scales]:
+    model = loud_model("mla_moe_query_latent")
+    return model, find_scales(model, some_ids(), "int4")
+
+
 def changed(model: Transformer, scales: Scales, *, rounded: bool) -> Transformer:
     """The model that an export would hold: scaled, tables and norms in BF16, projections rounded."""
     other = Transformer(model.config).requires_grad_(False)
@@ -41,7 +47,8 @@ def changed(model: Transformer, scales: Scales, *, rounded: bool) -> Transformer
     for name, weight in official_views(other).items():
         scaled = scales.apply(name, weight)
         if IN_FEW_BITS.search(name):
-            scaled = dequantize(quantize(scaled, "int4", group=16)) if rounded else scaled
+            if rounded:
+                scaled = dequantize(quantize(scaled, "int4", group=16, importance_I=scales.importance.get(name)))
         elif not name.endswith("e_score_correction_bias"):
             scaled = scaled.bfloat16()
         weight.copy_(scaled)
@@ -67,9 +74,11 @@ def errors_of_blocks(model: Transformer, other: Transformer) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_scaled_checkpoint_is_the_same_function_and_rounds_better(kind: str):
-    model = loud_model(kind)
-    scales = find_scales(model, some_ids(), "int4")
+def test_the_scaled_checkpoint_is_the_same_function_and_rounds_better(kind: str, of_experts):
+    model, scales = of_experts
+    if kind != "mla_moe_query_latent":
+        model = loud_model(kind)
+        scales = find_scales(model, some_ids(), "int4")
     before, after = list[Routing](), list[Routing]()
     exact = logits(model, some_ids(), before)
     same = logits(changed(model, scales, rounded=False), some_ids(), after)
@@ -78,13 +87,12 @@ def test_the_scaled_checkpoint_is_the_same_function_and_rounds_better(kind: str)
     for ours, theirs in zip(before, after, strict=True):
         assert torch.equal(ours.experts_NK, theirs.experts_NK)
     scaled, unscaled = (errors_of_blocks(model, changed(model, s, rounded=True)) for s in (scales, Scales()))
-    assert scaled < 0.75 * unscaled
+    assert scaled < 0.6 * unscaled
 
 
-def test_every_projection_is_scaled_and_every_maker_is_divided():
-    """All that is in few bits but gate_proj's readers of rows; norms, a router, and nothing else."""
-    model = loud_model("mla_moe_query_latent")
-    scales = find_scales(model, some_ids(), "int4")
+def test_every_projection_is_scaled_and_every_maker_is_divided(of_experts):
+    """But the down_proj of experts that no calibration token was sent to."""
+    model, scales = of_experts
     names = set(official_views(model))
     assert scales.columns.keys() == {n for n in names if IN_FEW_BITS.search(n) or n.endswith("mlp.gate.weight")} - {
         name for name in names if name not in scales.columns and ".experts." in name and "down_proj" in name
@@ -94,8 +102,8 @@ def test_every_projection_is_scaled_and_every_maker_is_divided():
     assert scales.rows.keys() == norms | ups | {n for n in names if n.endswith("kv_b_proj.weight")}
 
 
-def test_a_router_sees_powers_of_two():
-    scales = find_scales(loud_model("mla_moe_query_latent"), some_ids(), "int4")
+def test_a_router_sees_powers_of_two(of_experts):
+    _, scales = of_experts
     for layer in (1, 2, 3):
         mantissa, _ = torch.frexp(scales.columns[f"model.layers.{layer}.mlp.gate.weight"])
         assert (mantissa == 0.5).all()

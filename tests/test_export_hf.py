@@ -15,6 +15,7 @@ from torch import Tensor
 
 from abyssal.checkpoint import shards
 from abyssal.checkpoint.export_hf import ExportFormat, export_hf
+from abyssal.checkpoint.gguf_write import write_gguf
 from abyssal.checkpoint.load import load_checkpoint
 from abyssal.checkpoint.save import save_checkpoint
 from abyssal.checkpoint.source import open_checkpoint
@@ -102,8 +103,9 @@ def test_fp8_of_fp8_keeps_every_code_and_ue8m0_is_kept_or_made(base: Path, tmp_p
     assert all(are_powers_of_two(scale) for scale in scales)
     again = export(first, tmp_path / "again", "fp8")
     assert (again / "config.json").read_bytes() == (first / "config.json").read_bytes()
-    for name, tensor in tensors(first).items():
-        assert torch.equal(tensor.view(torch.uint8), tensors(again)[name].view(torch.uint8)), name
+    codes, same = tensors(first), tensors(again)
+    for name, tensor in codes.items():
+        assert torch.equal(tensor.view(torch.uint8), same[name].view(torch.uint8)), name
     # FP32 scales can't be called powers of two: they are made anew
     made = export(export(base, tmp_path / "fp32", "fp8"), tmp_path / "made", "fp8", scale_format="ue8m0")
     assert all(are_powers_of_two(t) for name, t in tensors(made).items() if name.endswith("_scale_inv"))
@@ -186,3 +188,19 @@ def test_a_foreign_grouping_is_not_rounded_a_second_time(tmp_path: Path, monkeyp
     with pytest.raises(ValueError, match="is in int4 already, in groups of 16; copy it"):
         export(tmp_path / "int4", tmp_path / "again", "int4")
     assert not (tmp_path / "again").exists()
+
+
+def test_from_a_gguf_file_it_is_the_same_checkpoint(tmp_path: Path):
+    """Dense, for a GGUF file holds no MTP layer; its tables and norms are BF16 and FP32."""
+    tokenizer = Tokenizer(train_bpe(["one plus two is three"] * 20, vocab_size=300))
+    save_checkpoint(tmp_path / "base", small_model("gqa_dense", vocab_size=tokenizer.vocab_size), tokenizer)
+    write_gguf(open_checkpoint(tmp_path / "base"), tmp_path / "base.gguf", quant="BF16")
+    export_hf(open_checkpoint(tmp_path / "base.gguf"), tmp_path / "from_gguf", to="int4")
+    export_hf(open_checkpoint(tmp_path / "base"), tmp_path / "from_hf", to="int4")
+    from_gguf, from_hf = (tensors(tmp_path / name) for name in ("from_gguf", "from_hf"))
+    assert from_gguf.keys() == from_hf.keys()
+    for name, tensor in from_hf.items():
+        assert torch.equal(tensor, from_gguf[name]), name
+    loaded = load_checkpoint(tmp_path / "from_gguf", weights="int4")
+    assert loaded.tokenizer is not None and loaded.tokenizer.encode("one plus") == tokenizer.encode("one plus")
+    assert loaded.tokenizer.eos_id == tokenizer.eos_id

@@ -55,6 +55,16 @@ def test_int4_by_hand():
     assert dequantize(weight).tolist() == [[7.0, -3.0, 14.0, -16.0, 3.5]]
 
 
+def test_what_matters_little_may_be_cut_off():
+    """15 alone decides the usual scale, 2, at which 5 becomes 4. At 1.65 it is 3 steps, and 15 is cut off at 7."""
+    weight_OI = torch.tensor([[15.0, 5.0, 5.0, 5.0]])
+    assert dequantize(quantize(weight_OI, "int4", group=4)).tolist() == [[14.0, 4.0, 4.0, 4.0]]
+    loud_first = quantize(weight_OI, "int4", group=4, importance_I=torch.tensor([9.0, 0.1, 0.1, 0.1]))
+    assert abs(dequantize(loud_first)[0, 0] - 15) <= 1
+    quiet_first = quantize(weight_OI, "int4", group=4, importance_I=torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    assert (dequantize(quiet_first)[0, 1:] - 5).abs().max() < 0.1 < 1 < 15 - dequantize(quiet_first)[0, 0]
+
+
 def test_fp8_by_hand():
     """896 is the largest of its block, so the scale is 2. 1/2 and 3/2 are FP8 numbers; 17.3/2 = 8.65 rounds to 9."""
     weight = quantize(torch.tensor([[896.0, 1.0, -3.0, 17.3]]), "fp8")
@@ -80,7 +90,8 @@ def test_a_scale_belongs_to_its_block_of_128_by_128():
 @pytest.mark.parametrize("format", ["fp8", "int8", "int4"])
 def test_fast_and_plain_give_the_same_bits(format, shape: tuple[int, int]):
     weight_OI = some_weights(shape)
-    for options in ({}, {"scale_format": "ue8m0"} if format == "fp8" else {"group": 32}):
+    importance_I = torch.rand(shape[1], generator=torch.Generator().manual_seed(3))
+    for options in ({}, {"scale_format": "ue8m0"} if format == "fp8" else {"group": 32, "importance_I": importance_I}):
         weight = quantize(weight_OI, format, **options)
         assert same(weight, quantize_ref(weight_OI, format, **options))
         for dtype in (torch.float32, torch.bfloat16):

@@ -1,10 +1,12 @@
-"""Activation-aware scaling: the same function, with weights that lose less when they are rounded. (AWQ, section 3.2)
+"""Activation-aware rounding: weights that lose less of what really goes through them. (AWQ, section 3.2)
 
-Input channels on which the activations are large matter most. Their weights are multiplied by a scale before rounding,
-and whatever makes the channel is divided by it: a norm's weight, the rows of up_proj or of the values. So the result is
-a plain checkpoint that computes the same but for the rounding. A scale is the mean magnitude of its channel to the
-power alpha; alpha is searched for each input of a block by the error of the rounded layers on a calibration text. Where
-a router reads the channel too, scales are powers of two: it must choose the same experts to the last bit.
+Input channels on which the activations are large matter most. First, their weights are multiplied by a scale before
+rounding, and whatever makes the channel is divided by it: a norm's weight, the rows of up_proj or of the values. So the
+result is a plain checkpoint that computes the same but for the rounding. A scale is the mean magnitude of its channel
+to the power alpha; alpha is searched for each input of a block by the error of the rounded layers on a calibration
+text. Where a router reads the channel too, scales are powers of two: it must choose the same experts to the last bit.
+Then each group of columns is rounded in the steps at which its errors, weighed by the mean square of what goes through
+each column, are least.
 Letters: B rows, T tokens, N calibration tokens, I input channels, O rows of a weight, H heads, V value width,
 G key-value heads, K chosen experts, D width.
 """
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from abyssal.checkpoint.source import Source
 from abyssal.checkpoint.tensor_info import TensorInfo
-from abyssal.checkpoint.tensor_names import common_group, mtp_prefix, official_views
+from abyssal.checkpoint.tensor_names import IN_FEW_BITS, common_group, mtp_prefix, official_views
 from abyssal.kernels.quantize import QuantFormat, Quantized, dequantize, quantize
 from abyssal.model.block import Block
 from abyssal.model.config import ModelConfig
@@ -38,17 +40,22 @@ MOST_TOKENS = 512  # whose outputs are compared, evenly from all that calibrate
 
 @dataclass
 class Scales:
-    """Official tensor name -> what its rows and its columns are multiplied by. A vector has rows only."""
+    """Official tensor name -> what its rows and its columns are multiplied by, and the mean square of what then goes
+    through each column. A vector has rows only."""
 
     rows: dict[str, Tensor] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
+    importance: dict[str, Tensor] = field(default_factory=dict)
 
-    def fold(self, scale_I: Tensor, *, made_by: dict[str, Tensor], read_by: list[str]) -> None:
-        """Divide what makes these channels, multiply what reads them. `made_by` says which scale each row gets."""
+    def fold(self, scale_I: Tensor, *, made_by: dict[str, Tensor], read_by: dict[str, Tensor]) -> None:
+        """Divide what makes these channels, multiply what reads them. `made_by` says which scale each row gets,
+        `read_by` what goes into the weight, (N, I), of which nothing is known where there are no rows."""
         for name, scale_O in made_by.items():
-            self.rows[name] = self.rows.get(name, 1.0) / scale_O
-        for name in read_by:
-            self.columns[name] = self.columns.get(name, 1.0) * scale_I
+            self.rows[name] = 1 / scale_O.cpu()
+        for name, x_NI in read_by.items():
+            self.columns[name] = scale_I.cpu()
+            if len(x_NI):
+                self.importance[name] = (x_NI / scale_I).square().mean(0).cpu()
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """In FP32, so that what comes after rounds once."""
@@ -59,13 +66,14 @@ class Scales:
 
 
 class ScaledSource:
-    """A checkpoint as another one that computes the same."""
+    """A checkpoint as another one that computes the same, its projections rounded to `format` with what is known."""
 
-    def __init__(self, source: Source, scales: Scales) -> None:
+    def __init__(self, source: Source, scales: Scales, format: QuantFormat) -> None:
         self.path: Path = source.path
         self.config: ModelConfig = source.config
         self.tensors: dict[str, TensorInfo] = source.tensors
-        self._source, self._scales = source, scales
+        self._source, self._scales, self._format = source, scales, format
+        self._group = common_group(source.tensors, format)
 
     def read(self, name: str) -> Tensor:
         return self._scales.apply(name, self._source.read(name))
@@ -74,7 +82,10 @@ class ScaledSource:
         out.copy_(self.read(name))
 
     def read_quantized(self, name: str) -> Quantized | None:
-        return None  # other numbers than those that are stored
+        if not IN_FEW_BITS.search(name):
+            return None
+        importance_I = self._scales.importance.get(name)
+        return quantize(self.read(name), self._format, group=self._group, importance_I=importance_I)
 
     def tokenizer(self) -> Tokenizer | None:
         return self._source.tokenizer()
@@ -226,7 +237,7 @@ class _BlockScaler:
         norm_I = self.weights[self.name(norm)].float()
         divided_I = (norm_I / scale_I).bfloat16().float()
         scale_I = torch.where(divided_I == 0, scale_I, norm_I / divided_I)
-        self.scales.fold(scale_I, made_by={self.name(norm): scale_I}, read_by=names)
+        self.scales.fold(scale_I, made_by={self.name(norm): scale_I}, read_by=dict.fromkeys(names, x_NI))
 
     def values(self) -> None:
         """Channels of o_proj, made by the rows of the values; heads that share a value share its scale."""
@@ -246,13 +257,13 @@ class _BlockScaler:
             for name in (self.name("self_attn.v_proj"), f"{self.prefix}self_attn.v_proj.bias"):
                 if name in self.weights:
                     made_by[name] = scale_GV.flatten()
-        self.scales.fold(scale_I, made_by=made_by, read_by=[o_name])
+        self.scales.fold(scale_I, made_by=made_by, read_by={o_name: x_NI})
 
     def gated(self, ffn: str, x_NI: Tensor) -> None:
         """Channels of down_proj, made by the rows of up_proj."""
         down = self.name(f"{ffn}.down_proj")
         scale_I = search(x_NI.abs().mean(0), [(x_NI, self.weights[down])], self.rounded)
-        self.scales.fold(scale_I, made_by={self.name(f"{ffn}.up_proj"): scale_I}, read_by=[down])
+        self.scales.fold(scale_I, made_by={self.name(f"{ffn}.up_proj"): scale_I}, read_by={down: x_NI})
 
     def routed(self, moe: MoE) -> None:
         """One norm makes what the router and all experts read; an expert is judged by the tokens sent to it."""
@@ -267,9 +278,9 @@ class _BlockScaler:
             if len(x_XD):
                 self.gated(ffn, F.silu(F.linear(x_XD, gate.float())) * F.linear(x_XD, up.float()))
         scale_D = search(self.seen.mean_I["mlp"], readers, self.rounded, powers_of_two=True)
-        names = [self.name(f"{ffn}.{kind}_proj") for ffn in experts for kind in ("gate", "up")]
+        read_by = {self.name(f"{ffn}.{kind}_proj"): x_XD for ffn, x_XD in experts.items() for kind in ("gate", "up")}
         made_by = {self.name("post_attention_layernorm"): scale_D}
-        self.scales.fold(scale_D, made_by=made_by, read_by=[*names, self.name("mlp.gate")])
+        self.scales.fold(scale_D, made_by=made_by, read_by=read_by | {self.name("mlp.gate"): x_ND})
 
     def name(self, module: str) -> str:
         return f"{self.prefix}{module}.weight"

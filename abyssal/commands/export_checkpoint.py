@@ -38,7 +38,7 @@ class ExportOptions:
     out: Path  # a new directory, or an earlier checkpoint that it is to replace; for gguf a file
     quant: GgufQuant | None = None  # of GGUF, BF16 unless given
     scale_format: ScaleFormat | None = None  # of FP8: ue8m0 are powers of two; the checkpoint's own, or else fp32
-    activation_aware: bool = False  # scale channels by what goes through them before rounding to int8 or int4
+    activation_aware: bool = False  # for int8 and int4: round by what goes through each channel
     calibration: Path | None = None  # text for that; without it, docstrings of Python's own modules
     shard_gb: float = 5.0
     dtype: Precision = "auto"  # that perplexity is measured in
@@ -128,4 +128,4 @@ def _scaled(
     length = min(CALIBRATION_WINDOW, loaded.config.max_position_embeddings)
     ids_BT = cut_windows(text, loaded.tokenizer, length=length, most=CALIBRATION_WINDOWS)
     with bytes_bar("scaling channels", console) as on_bytes:
-        return ScaledSource(source, find_scales(loaded.model, ids_BT, format, on_block=on_bytes))
+        return ScaledSource(source, find_scales(loaded.model, ids_BT, format, on_block=on_bytes), format)

@@ -21,6 +21,8 @@ GROUPS = (128, 64, 32, 16)
 # The code of the largest magnitude. For integers half a step beyond the highest: the largest is cut off by half a step,
 # and all others are rounded more finely, which loses less.
 LARGEST = {"fp8": 448.0, "int8": 127.5, "int4": 7.5}
+# Scales that are tried, in units of the usual one, where it is known which columns matter.
+TRIED = tuple(1.05 - step / 40 for step in range(13))
 LEAST_AMAX = 1e-4  # as in DeepSeek's kernels: a block of zeros has a scale too
 
 
@@ -57,12 +59,18 @@ def scale_shape(format: QuantFormat, shape: tuple[int, int], group: int) -> tupl
 
 
 def quantize(
-    weight_OI: Tensor, format: QuantFormat, *, group: int | None = None, scale_format: ScaleFormat = "fp32"
+    weight_OI: Tensor,
+    format: QuantFormat,
+    *,
+    group: int | None = None,
+    importance_I: Tensor | None = None,
+    scale_format: ScaleFormat = "fp32",
 ) -> Quantized:
     """The nearest codes. A ragged last block or group is filled up with zeros for its scale, which changes nothing.
 
-    Integer scales are BF16 numbers, so that readers who keep them in BF16 see the same weights. `scale_format` is
-    FP8's: "ue8m0" rounds its scales up to a power of two.
+    Integer scales are BF16 numbers, so that readers who keep them in BF16 see the same weights. With `importance_I` a
+    group's scale is the one of those TRIED with the least sum of squared errors, each times its column's importance:
+    what matters little may be cut off. `scale_format` is FP8's: "ue8m0" rounds its scales up to a power of two.
     """
     rows, columns = weight_OI.shape
     group = group or group_of(format, columns)
@@ -75,12 +83,29 @@ def quantize(
         return Quantized(format=format, codes=codes_OI, scales=scales_RG, shape=(rows, columns))
     groups_OGK = padded_OI.unflatten(1, (-1, group))
     scales_OG = scale_of(groups_OGK.abs().amax(-1), format)
-    codes_OGK = (groups_OGK / scales_OG[..., None].float()).round_().clamp_(*code_range(format))
-    codes_OI = codes_OGK.to(torch.int8).flatten(1)
-    codes_OI = codes_OI[:, :columns].contiguous()
+    if importance_I is not None:
+        importance_GK = F.pad(importance_I.float(), (0, -columns % group)).unflatten(0, (-1, group))
+        scales_OG = _best_scales(groups_OGK, scales_OG, importance_GK, format)
+    codes_OI = _integer_codes(groups_OGK, scales_OG, format).to(torch.int8).flatten(1)[:, :columns].contiguous()
     if format == "int4":
         codes_OI = pack_int4(codes_OI)
     return Quantized(format=format, codes=codes_OI, scales=scales_OG, shape=(rows, columns), group=group)
+
+
+def _integer_codes(groups_OGK: Tensor, scales_OG: Tensor, format: QuantFormat) -> Tensor:
+    return (groups_OGK / scales_OG[..., None].float()).round_().clamp_(*code_range(format))
+
+
+def _best_scales(groups_OGK: Tensor, usual_OG: Tensor, importance_GK: Tensor, format: QuantFormat) -> Tensor:
+    least_OG = torch.full(usual_OG.shape, float("inf"), dtype=torch.float64, device=usual_OG.device)
+    best_OG = usual_OG
+    for factor in TRIED:
+        scales_OG = (usual_OG.float() * factor).to(usual_OG.dtype)
+        error_OGK = _integer_codes(groups_OGK, scales_OG, format).mul_(scales_OG[..., None].float()).sub_(groups_OGK)
+        error_OG = (error_OGK.square_() * importance_GK).sum(-1, dtype=torch.float64)
+        best_OG = torch.where(error_OG < least_OG, scales_OG, best_OG)
+        least_OG = torch.minimum(error_OG, least_OG)
+    return best_OG
 
 
 def code_range(format: QuantFormat) -> tuple[float, float]:
@@ -104,7 +129,12 @@ def are_powers_of_two(scales: Tensor) -> bool:
 
 
 def quantize_ref(
-    weight_OI: Tensor, format: QuantFormat, *, group: int | None = None, scale_format: ScaleFormat = "fp32"
+    weight_OI: Tensor,
+    format: QuantFormat,
+    *,
+    group: int | None = None,
+    importance_I: Tensor | None = None,
+    scale_format: ScaleFormat = "fp32",
 ) -> Quantized:
     """The same, block by block."""
     rows, columns = weight_OI.shape
@@ -113,16 +143,24 @@ def quantize_ref(
     codes_OI = torch.empty(rows, columns, dtype=torch.float8_e4m3fn if format == "fp8" else torch.int8)
     scale_type = torch.float32 if format == "fp8" else torch.bfloat16
     scales = torch.empty(-(-rows // high), -(-columns // wide), dtype=scale_type)
-    for r, c in ((r, c) for r in range(scales.shape[0]) for c in range(scales.shape[1])):
-        here = (slice(r * high, (r + 1) * high), slice(c * wide, (c + 1) * wide))
+    for r, g in ((r, g) for r in range(scales.shape[0]) for g in range(scales.shape[1])):
+        here = (slice(r * high, (r + 1) * high), slice(g * wide, (g + 1) * wide))
         block = weight_OI[here].float()
-        scales[r, c] = scale = block.abs().max().clamp(min=LEAST_AMAX) / LARGEST[format]
+        scales[r, g] = scale = block.abs().max().clamp(min=LEAST_AMAX) / LARGEST[format]
         if scale_format == "ue8m0":
-            scales[r, c] = 2.0 ** next(e for e in range(-126, 128) if 2.0**e >= float(scale))
-        codes = block / scales[r, c].float()
-        if format != "fp8":
-            codes = codes.round().clamp(*code_range(format))
-        codes_OI[here] = codes.to(codes_OI.dtype)
+            scales[r, g] = 2.0 ** next(e for e in range(-126, 128) if 2.0**e >= float(scale))
+        if format == "fp8":
+            codes_OI[here] = (block / scales[r, g]).to(codes_OI.dtype)
+            continue
+        tried = [scales[r, g]] if importance_I is None else [(scales[r, g].float() * f).bfloat16() for f in TRIED]
+        codes = [(block / t.float()).round().clamp(*code_range(format)) for t in tried]
+        weighed = torch.ones(columns) if importance_I is None else importance_I.float()
+        errors = [
+            float(((c * t.float() - block).square() * weighed[here[1]]).sum(dtype=torch.float64))
+            for c, t in zip(codes, tried, strict=True)
+        ]
+        best = errors.index(min(errors))
+        codes_OI[here], scales[r, g] = codes[best].to(torch.int8), tried[best]
     if format == "int4":
         codes_OI = pack_int4(codes_OI)
     return Quantized(format=format, codes=codes_OI, scales=scales, shape=(rows, columns), group=group)
