@@ -31,7 +31,8 @@ class LayerInputs(NamedTuple):
 
 
 class AttentionStatistics(NamedTuple):
-    """Of one layer, over all tokens of the text; FP64.
+    """Of one layer, over a text; FP64. A token counts as much as it is looked at: the first, at which many heads look
+    for want of anything better, as much as many others.
 
     `constant_D` is the direction of the layer's input that says 1, as nearly as can be, whatever the token.
     """
@@ -68,24 +69,30 @@ def attention_statistics(model: Transformer, attention: GQA, x_BTD: Tensor) -> A
     q_BTHQ, k_BTGQ, v_BTGQ = (
         proj(x_BTD).float().unflatten(-1, heads) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    turn_HP = _turns(model, q_BTHQ, k_BTGQ)
+    looks = _looks(model, q_BTHQ, k_BTGQ)
     q_NHQ, k_NGQ = (pairs_side_by_side(x).flatten(0, 1) for x in (q_BTHQ, k_BTGQ))
     cache_NK = torch.cat((k_NGQ.flatten(1), v_BTGQ.flatten(0, 1).flatten(1)), dim=1)
-    n_tokens = len(cache_NK)
+    share_N1 = (looks.weight_BT / looks.weight_BT.sum()).flatten()[:, None]
     return AttentionStatistics(
-        cache_KK=(cache_NK.T @ cache_NK).double() / n_tokens,
-        cache_K=cache_NK.double().mean(0),
-        query_HQQ=torch.einsum("nhq,nhr->hqr", q_NHQ, q_NHQ).double() / n_tokens,
-        turn_HP=turn_HP,
-        constant_D=_constant_direction(x_BTD.flatten(0, 1).float()),
+        cache_KK=(cache_NK.T @ (cache_NK * share_N1)).double(),
+        cache_K=(cache_NK * share_N1).double().sum(0),
+        query_HQQ=torch.einsum("nhq,nhr->hqr", q_NHQ, q_NHQ).double() / len(q_NHQ),
+        turn_HP=looks.turn_HP,
+        constant_D=_constant_direction(x_BTD.flatten(0, 1).float(), share_N1),
     )
 
 
-def _turns(model: Transformer, q_BTHQ: Tensor, k_BTGQ: Tensor) -> Tensor:
-    """How far each head's keys stand behind its query, as a mean turn of each pair, (H, P) complex.
+class Looks(NamedTuple):
+    """`turn_HP`: how far the keys that a head looks at stand behind its query, as a mean turn of each pair; complex.
+    `weight_BT`: how much each token is looked at."""
 
-    Places count as much as their scores matter: p (1 - p) is how fast an attention weight p moves with its score.
-    """
+    turn_HP: Tensor
+    weight_BT: Tensor
+
+
+def _looks(model: Transformer, q_BTHQ: Tensor, k_BTGQ: Tensor) -> Looks:
+    """With attention weights p: turns count as p (1 - p), which is how fast p moves with its score; tokens as the sum
+    of p^2, by which independent errors of their values add up in the layer's output."""
     n_tokens = q_BTHQ.shape[1]
     context = model.context(torch.zeros(q_BTHQ.shape[:2], dtype=torch.int64, device=q_BTHQ.device))
     q_BTHQ, k_BTGQ = (rotate(x, context.cos, context.sin, interleaved=False) for x in (q_BTHQ, k_BTGQ))
@@ -93,21 +100,24 @@ def _turns(model: Transformer, q_BTHQ: Tensor, k_BTGQ: Tensor) -> Tensor:
     place_T = torch.arange(n_tokens, device=q_BTHQ.device)
     distance_TS = (place_T[:, None] - place_T).clamp(min=0)
     hidden_TS = place_T > place_T[:, None]
+    looked_at = []
     weight_HT = torch.zeros(q_BTHQ.shape[2], n_tokens, dtype=torch.float64, device=q_BTHQ.device)  # by distance
     for q_THQ, k_SHQ in zip(q_BTHQ, k_BTHQ, strict=True):
         scores_HTS = torch.einsum("thq,shq->hts", q_THQ, k_SHQ) * model.config.softmax_scale
         p_HTS = scores_HTS.masked_fill(hidden_TS, float("-inf")).softmax(-1)
+        looked_at.append(p_HTS.square().sum((0, 1)))
         matters_HX = (p_HTS * (1 - p_HTS)).double().flatten(1)
         weight_HT.index_add_(1, distance_TS.flatten(), matters_HX)
     angles_TP = place_T[:, None] * model.rope_frequencies.double()
     turns_TP = torch.polar(torch.ones_like(angles_TP), -angles_TP)
-    return (weight_HT.to(turns_TP.dtype) @ turns_TP) / weight_HT.sum(1, keepdim=True).clamp(min=1e-12)
+    turn_HP = (weight_HT.to(turns_TP.dtype) @ turns_TP) / weight_HT.sum(1, keepdim=True).clamp(min=1e-12)
+    return Looks(turn_HP, torch.stack(looked_at))
 
 
-def _constant_direction(x_ND: Tensor) -> Tensor:
+def _constant_direction(x_ND: Tensor, share_N1: Tensor) -> Tensor:
     """Ridge regression of 1 on the input, (D,), scaled to be 1 on average."""
-    mean_D = x_ND.double().mean(0)
-    square_DD = (x_ND.T @ x_ND).double() / len(x_ND)
+    mean_D = (x_ND * share_N1).double().sum(0)
+    square_DD = (x_ND.T @ (x_ND * share_N1)).double()
     ridge = RIDGE * square_DD.diagonal().mean()
     square_DD.diagonal().add_(ridge)
     constant_D = torch.linalg.solve(square_DD, mean_D)

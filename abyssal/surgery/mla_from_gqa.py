@@ -40,6 +40,15 @@ class Compression(NamedTuple):
     decode_KC: Tensor
 
 
+class Latent(NamedTuple):
+    """Rows that make it, the constant's last; its norm's weight; keys and values from all but the constant."""
+
+    rows_CD: Tensor
+    norm_C: Tensor
+    keys_GQC: Tensor
+    values_GQC: Tensor
+
+
 class KeyBasis(NamedTuple):
     """The KV heads' keys at one frequency, mixed: into k = new keys, back new = k. Complex; the first `kept` rotate."""
 
@@ -155,7 +164,7 @@ def exact_attention(attention: GQA, config: ModelConfig, basis: KeyBasis | None 
         attention,
         config,
         basis,
-        latent_CK=torch.cat((torch.zeros_like(values), values), dim=1),
+        latent_CD=_with_bias(attention.v_proj),
         k_nope_HNC=values.new_zeros(source.num_attention_heads, 0, groups * width),
         value_GVC=values.unflatten(0, (groups, width)),
     )
@@ -171,25 +180,36 @@ def v3_attention(attention: GQA, config: ModelConfig, statistics: AttentionStati
     rest_KK = rest_of(basis, groups=groups, width=width)
     weight_KK = torch.block_diag(*query_GQQ, *output_GQQ)
     code = compress(rest_KK @ statistics.cache_KK @ rest_KK.T, weight_KK, config.kv_lora_rank - 1)
-    latent_CK = code.encode_CK @ rest_KK
-    loud = LOUD * (latent_CK @ statistics.cache_KK @ latent_CK.T).trace().sqrt()
-    # what the norm does to all numbers of the latent: it divides them by about loud / sqrt(C)
-    norm_C = (loud / config.kv_lora_rank**0.5).expand(config.kv_lora_rank).clone()
-    norm_C[-1] = config.kv_lora_rank**-0.5  # the constant leaves as 1
-    keys_GQC, values_GVC = code.decode_KC.unflatten(0, (2, groups, width))
-    keys_HPC = torch.view_as_complex(keys_GQC.unflatten(1, (-1, 2)).movedim(2, -1).contiguous())[of_head_G]
-    k_nope_HNC = pairs_to_rows(keys_HPC * statistics.turn_HP[..., None]) * (_scale(source) / config.softmax_scale)
-    loud_D = loud * statistics.constant_D
+    latent = loud_latent(attention, code.encode_CK @ rest_KK, code.decode_KC, statistics)
+    keys_GPC = torch.view_as_complex(latent.keys_GQC.unflatten(1, (-1, 2)).movedim(2, -1).contiguous())
+    k_nope_HPC = keys_GPC[of_head_G] * statistics.turn_HP[..., None]
     weights = _assemble(
         attention,
         config,
         basis,
-        latent_CK=latent_CK,
-        k_nope_HNC=_with_column(k_nope_HNC),
-        value_GVC=_with_column(values_GVC),
-        extra_row=loud_D,
+        latent_CD=latent.rows_CD,
+        k_nope_HNC=_with_column(pairs_to_rows(k_nope_HPC) * (_scale(source) / config.softmax_scale)),
+        value_GVC=_with_column(latent.values_GQC),
     )
-    return weights | {"kv_a_layernorm.weight": norm_C.float()}
+    return weights | {"kv_a_layernorm.weight": latent.norm_C.float()}
+
+
+def loud_latent(attention: GQA, encode_CK: Tensor, decode_KC: Tensor, statistics: AttentionStatistics) -> Latent:
+    """A code's rows with the constant below them, which makes the norm a division by nearly the same number always."""
+    groups, width = attention.config.num_key_value_heads, attention.config.head_dim
+    keys_GPD = _pairs(attention.k_proj, width)
+    cache_KD = torch.cat((pairs_to_rows(keys_GPD).flatten(0, 1), _with_bias(attention.v_proj)))
+    # rows of the size of those they are made of: an optimizer's step is then as small for the latent as for the rest
+    size = _rms(cache_KD) / _rms(encode_CK @ cache_KD)
+    rows_CD, decode_KC = size * encode_CK @ cache_KD, decode_KC / size
+    loud = LOUD * size * (encode_CK @ statistics.cache_KK @ encode_CK.T).trace().sqrt()
+    loud_D = torch.zeros_like(cache_KD[0])  # a bias's column stays 0
+    loud_D[: len(statistics.constant_D)] = loud * statistics.constant_D
+    n_places = len(rows_CD) + 1
+    norm_C = (loud / n_places**0.5).expand(n_places).clone()  # what the norm divides by
+    norm_C[-1] = n_places**-0.5  # the constant leaves as 1
+    keys_GQC, values_GQC = decode_KC.unflatten(0, (2, groups, width))
+    return Latent(torch.cat((rows_CD, loud_D[None])), norm_C, keys_GQC, values_GQC)
 
 
 @torch.no_grad()
@@ -257,6 +277,10 @@ def _pairs(linear: torch.nn.Linear, width: int) -> Tensor:
     return torch.complex(*_with_bias(linear).unflatten(0, (-1, width)).chunk(2, dim=1))
 
 
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
 def _with_bias(linear: torch.nn.Linear) -> Tensor:
     weight = linear.weight if linear.bias is None else torch.cat((linear.weight, linear.bias[:, None]), dim=1)
     return weight.double()
@@ -272,10 +296,9 @@ def _assemble(
     config: ModelConfig,
     basis: KeyBasis,
     *,
-    latent_CK: Tensor,
+    latent_CD: Tensor,
     k_nope_HNC: Tensor,
     value_GVC: Tensor,
-    extra_row: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """MLA's weights without o_proj and norm. Each cast to FP32 stands here."""
     source = attention.config
@@ -288,11 +311,6 @@ def _assemble(
     q_rope_HXD = torch.einsum("phj,hpd->hjpd", back_PGG[:, of_head_H, : basis.kept].conj(), q_HPD).flatten(1, 2)
     q_HND = pairs_to_rows(q_HPD)[:, : config.qk_nope_head_dim]
     q_HQD = torch.cat((q_HND, pairs_to_rows(q_rope_HXD)), dim=1)
-    cache_KD = torch.cat((pairs_to_rows(k_GPD).flatten(0, 1), _with_bias(attention.v_proj)))
-    latent_CD = latent_CK.double() @ cache_KD
-    if extra_row is not None:
-        missing = latent_CD.shape[1] - len(extra_row)  # the bias's column
-        latent_CD = torch.cat((latent_CD, torch.nn.functional.pad(extra_row, (0, missing))[None]))
     kv_a_WD = torch.cat((latent_CD, pairs_to_rows(k_rope_XD) * factor))
     kv_b_HKC = torch.cat((k_nope_HNC, value_GVC[of_head_H]), dim=1)
     weights = {"kv_b_proj.weight": kv_b_HKC.flatten(0, 1)}
