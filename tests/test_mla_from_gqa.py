@@ -20,6 +20,7 @@ from abyssal.engine import Engine
 from abyssal.model.config import ModelConfig, RopeScaling
 from abyssal.model.mla import MLA
 from abyssal.model.transformer import Transformer
+from abyssal.surgery import mla_from_gqa as mla_from_gqa_module
 from abyssal.surgery.calibrate import AttentionStatistics, attention_statistics, layer_inputs
 from abyssal.surgery.mla_from_gqa import (
     attentions,
@@ -173,15 +174,46 @@ def test_where_heads_share_a_key_and_values_are_few_the_v3_shape_loses_nothing(c
 
 def test_a_wider_latent_is_never_worse():
     model = gqa_model()
-    errors = []
-    for latent in (3, 7, 13, 19, 25):
-        converted = without_norm(model, latent)
-        x_BTD = next(layer_inputs(model, TEXT_BT)).attention_BTD
-        context = model.context(TEXT_BT)
-        with torch.no_grad():
-            wanted, got = (m.layers[0].self_attn(x_BTD, context) for m in (model, converted))
-        errors.append(float((wanted - got).square().mean() / wanted.square().mean()))
+    found = statistics_of(model)[0]
+    errors = [error_of(model, found, latent=latent) for latent in (3, 7, 13, 19, 25)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0], errors
+
+
+@torch.no_grad()
+def error_of(model: Transformer, found: AttentionStatistics, *, latent: int) -> float:
+    """Of the first layer's attention in the V3 shape without a norm, as a share of what it says."""
+    config = replace(v3_config(model.config, latent=latent), latent_norm=False)
+    [attention, *_] = attentions(model)
+    weights = v3_attention(attention, config, found) | {"o_proj.weight": attention.o_proj.weight}
+    del weights["kv_a_layernorm.weight"]
+    mla = MLA(config, 0)
+    mla.load_state_dict(weights)
+    x_BTD, context = next(layer_inputs(model, TEXT_BT)).attention_BTD, model.context(TEXT_BT)
+    wanted = attention(x_BTD, context)
+    return float((mla(x_BTD, context) - wanted).square().mean() / wanted.square().mean())
+
+
+def test_keys_that_lose_their_rotation_keep_its_mean():
+    """Slow pairs, nothing compressed: rotation alone is lost. The mean turn of the distances at which heads look is
+    nearer to it than none, than its length, and than the turn the other way."""
+    model = gqa_model(rope_scaling=RopeScaling(kind="linear", factor=8.0))
+    found = statistics_of(model)[0]
+    turns = (found.turn_HP, torch.ones_like(found.turn_HP), found.turn_HP.abs() + 0j, found.turn_HP.conj())
+    errors = [error_of(model, found._replace(turn_HP=turn_HP), latent=25) for turn_HP in turns]
+    assert errors[0] < 0.8 * min(errors[1:]), errors
+
+
+def test_a_latent_keeps_what_the_output_is_made_of(monkeypatch: pytest.MonkeyPatch):
+    """One KV head is hardly heard in the output, the queries of the other are quiet: a PCA that knows does better."""
+    model = gqa_model()
+    with torch.no_grad():
+        attentions(model)[0].o_proj.weight[:, :16] *= 0.1
+        attentions(model)[0].q_proj.weight[16:] *= 0.3
+    found = statistics_of(model)[0]
+    knowing = error_of(model, found, latent=7)
+    alike = torch.eye(8).double().expand(2, 8, 8)
+    monkeypatch.setattr(mla_from_gqa_module, "importance", lambda attention, found: (alike, alike))
+    assert knowing < 0.5 * error_of(model, found, latent=7)
 
 
 def test_compression_drops_the_directions_that_matter_least():
