@@ -20,7 +20,14 @@ from abyssal.model.moe import DenseFFN, MoE
 from abyssal.model.transformer import Transformer
 from abyssal.surgery.calibrate import attention_statistics, layer_inputs
 from abyssal.surgery.mla_from_gqa import attentions, mla_from_gqa, v3_config
-from abyssal.surgery.moe_from_dense import balanced_groups, deal, moe_config, moe_from_dense, moe_weights
+from abyssal.surgery.moe_from_dense import (
+    balanced_groups,
+    deal,
+    fit_router,
+    moe_config,
+    moe_from_dense,
+    moe_weights,
+)
 from abyssal.types import SamplingParams
 
 IDS_BT = torch.tensor(random_prompts([24, 24, 24], seed=7))
@@ -146,3 +153,19 @@ def test_what_cannot_be_split_says_why(changes: dict[str, Any], counts: tuple[in
     with pytest.raises(ValueError, match="has experts already"):
         moe_config(moe_config(replace(config, num_nextn_predict_layers=0), experts=6, shared=2, active=2),
                    experts=6, shared=2, active=2)  # fmt: skip
+
+
+def test_the_router_orders_experts_by_what_they_will_carry():
+    """Shares that are linear in the input x, 0.3 and 0.35 + 0.2 x and 0.35 - 0.2 x. Weights hardly differ."""
+    x_N1 = torch.linspace(-1, 1, 64)[:, None]
+    share_NE = torch.cat((torch.full_like(x_N1, 0.3), 0.35 + 0.2 * x_N1, 0.35 - 0.2 * x_N1), dim=1)
+    router = fit_router(x_N1, share_NE * torch.rand(64, 1, generator=torch.Generator().manual_seed(4)))
+    scores_NE = (x_N1.double() @ router.weight_ED.T).sigmoid()
+    assert torch.equal((scores_NE + router.bias_E).argsort(1), share_NE.argsort(1))
+    assert 0.97 < float(scores_NE.min() / scores_NE.max()) < 0.995  # logits of 0.01: a half and little more or less
+
+
+def test_one_loud_token_does_not_decide_what_is_shared():
+    moves_NF = torch.full((50, 4), 0.1)
+    moves_NF[:, 1], moves_NF[0, 2] = 1.0, 1e6
+    assert deal(moves_NF, experts=3, shared=1).shared_X.tolist() == [1]
