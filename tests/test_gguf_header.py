@@ -163,7 +163,7 @@ def survive(tmp_path: Path, *, n_files: int, seed: int) -> None:
 
 
 def test_mutated_files_are_read_or_refused(tmp_path: Path):
-    survive(tmp_path, n_files=500, seed=0)
+    survive(tmp_path, n_files=1000, seed=0)
 
 
 @pytest.mark.slow

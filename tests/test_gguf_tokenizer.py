@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+from deepseek_files import v4_directory
 from gguf_files import ALPHABET, small_vocabulary
 from tokenizers import Regex, pre_tokenizers
 
@@ -173,6 +174,18 @@ def test_every_cut_there_and_back(pre: str):
     assert again is not None and again.encode(TEXT) == tokenizer.encode(TEXT)
     spec, back = (json.loads(t.backend.to_str()) for t in (tokenizer, again))
     assert spec == back
+
+
+@pytest.mark.slow
+def test_deepseeks_own_vocabulary_there_and_back():
+    theirs = Tokenizer.load(v4_directory())
+    metadata = tokenizer_to_gguf(theirs, n_rows=129280)
+    assert metadata["tokenizer.ggml.pre"] == "deepseek-v3" and len(metadata["tokenizer.ggml.merges"]) == 127741
+    again = tokenizer_from_gguf(as_stored(metadata))
+    assert again is not None and again.vocab_size == theirs.vocab_size == 129280
+    text = Path(json.__file__).read_text(encoding="utf-8") + TEXT
+    assert again.encode(text) == theirs.encode(text)
+    assert [again.find(name) for name in theirs.control_names] == list(map(theirs.find, theirs.control_names))
 
 
 def test_tokenizers_that_gguf_cannot_hold_are_refused():

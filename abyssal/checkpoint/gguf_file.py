@@ -118,8 +118,12 @@ def _places(stored: dict[str, StoredTensor], wanted: Iterable[Entry]) -> dict[st
             places |= zip(entry.official, map(Place, _slices(tensor)), strict=True)
         elif entry.layout in ("k_b", "v_b"):
             split.setdefault(entry.official[0], []).append(tensor)
+        elif entry.layout == "pairs":
+            if shape[0] % (2 * entry.n_heads):
+                raise ValueError(f"{entry.gguf} of shape {shape} has no pairs of rows for {entry.n_heads} heads")
+            places[entry.official[0]] = Place((tensor,), entry.n_heads)
         else:
-            places[entry.official[0]] = Place((tensor,), entry.n_heads if entry.layout == "pairs" else 0)
+            places[entry.official[0]] = Place((tensor,))
     for name, pieces in split.items():
         shapes = [piece.shape for piece in pieces]
         if len(pieces) != 2 or (shapes[0][0], shapes[0][1]) != (shapes[1][0], shapes[1][2]):
