@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from abyssal.checkpoint.load import Weights
 from abyssal.lm import LM, load
+from abyssal.machine import leave_busy_cores
 from abyssal.progress import bytes_bar
 from abyssal.tokens.bpe import END_THINK, THINK
 from abyssal.tokens.chat import ThinkingMode, opens_thinking, parse, render
@@ -33,6 +34,7 @@ def talk(
     """
     if raw and prompt is None:
         raise ValueError("--raw continues a text, not a conversation; give the text with --prompt")
+    leave_busy_cores()
     with bytes_bar(f"loading {directory}", console) as on_bytes:
         lm = load(directory, dtype=dtype, weights=weights, on_bytes=on_bytes)
     if raw and prompt is not None:
