@@ -20,6 +20,7 @@ from abyssal.checkpoint.load import load_checkpoint
 from abyssal.checkpoint.resume import TrainerState
 from abyssal.checkpoint.save import save_checkpoint
 from abyssal.machine import resolve_device, set_threads
+from abyssal.model.cache import allocate_cache
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
 from abyssal.tokens.bpe import train_bpe
@@ -304,3 +305,12 @@ def test_a_gpu_gets_the_same_weights(tmp_path: Path):
     model = load_checkpoint(tmp_path / "base", device="cuda").model
     assert model.rope_frequencies.is_cuda
     assert same(model.cpu(), tiny())
+
+
+def test_the_cache_begins_at_zero_in_either_type():
+    for dtype in (torch.float32, torch.bfloat16):
+        layers = allocate_cache(CONFIG, 5, dtype=dtype, device=torch.device("cpu"))
+        assert len(layers) == 3 and all(layer.dtype == dtype for layer in layers)
+        assert all(layer.shape == (5, CONFIG.cache_width) and not layer.any() for layer in layers)
+        layers[0][3] = 1.5  # writable, and nobody else's
+        assert layers[0].sum() == 1.5 * CONFIG.cache_width and not layers[1].any()
