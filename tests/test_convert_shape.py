@@ -86,6 +86,14 @@ def test_experts_exact_and_with_latent_attention(home: Path, tmp_path: Path, cap
     assert model_type(config) == "deepseek_v3" and config.n_routed_experts == 6
 
 
+def test_text_that_is_used_again_is_said_to_be(home: Path, capsys: pytest.CaptureFixture[str]):
+    converted(home, "--to", "mla", "--heal-steps", 3, "--heal-rows", 40)
+    said = capsys.readouterr()
+    n_rows = int(said.err.split(" rows of 32")[0].split()[-1])
+    assert "healing uses each more than once" in said.err and 8 < n_rows < 128
+    assert "abyssal_mla_dense, exact" in said.out.splitlines()[-1]
+
+
 @pytest.mark.parametrize("source, arguments, says", [
     ("mla", ["--to", "mla"], "latent attention already"),
     ("gqa", ["--to", "gqa"], "--to gqa is no shape"),
@@ -99,6 +107,8 @@ def test_experts_exact_and_with_latent_attention(home: Path, tmp_path: Path, cap
     ("gqa", ["--to", "mla", "--windows", "0"], "--windows 0 is less than one"),
     ("gqa", ["--to", "mla", "--text", "nowhere"], "corpus nowhere does not exist"),
     ("gqa", ["--to", "mla", "--held-out", "nowhere.txt"], "nowhere.txt"),
+    ("gqa", ["--to", "mla", "--row-len", "65"], "longer than the model's max_position_embeddings=64"),
+    ("gqa", ["--to", "mla", "--out", "text"], "text exists and is no checkpoint"),
     ("no_tokenizer", ["--to", "mla"], "no tokenizer.json"),
 ])  # fmt: skip
 def test_what_a_user_gets_wrong_is_one_line(
@@ -106,6 +116,7 @@ def test_what_a_user_gets_wrong_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
     given = ["abyssal", "convert", str(home / source), "--text", str(home / "text"), "--row-len", "32", *arguments]
+    monkeypatch.chdir(home)
     monkeypatch.setattr(sys, "argv", given)
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit) as end:

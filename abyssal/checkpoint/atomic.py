@@ -19,6 +19,12 @@ def find_directory(path: Path) -> Path:
     return old if not path.exists() and old.is_dir() else path
 
 
+def refuse_other_folders(path: Path) -> None:
+    """What is about to be replaced must be a checkpoint, or nothing yet."""
+    if path.exists() and not (path / "config.json").is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is no checkpoint; name another folder or remove it")
+
+
 def finish_swap(path: Path) -> None:
     """Put right what a killed writer left: a directory half filled, or one whose swap was cut in two or not cleared."""
     new, old = _sibling(path, "new"), _sibling(path, "old")

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from abyssal.checkpoint.atomic import replace_directory
+from abyssal.checkpoint.atomic import refuse_other_folders, replace_directory
 from abyssal.checkpoint.compressed_tensors import pack, packed_bytes, packing_config
 from abyssal.checkpoint.convert import config_to_hf
 from abyssal.checkpoint.load import check_tensors, meta_model, read_rounded
@@ -125,9 +125,7 @@ class _Plan:
 
 
 def _check_target(source: Source, directory: Path) -> None:
-    taken = directory.exists() and not (directory / "config.json").is_file()
-    if taken and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} exists and is no checkpoint; name another folder or remove it")
+    refuse_other_folders(directory)
     if directory.exists() and source.path.resolve() in (directory.resolve(), *directory.resolve().parents):
         raise ValueError(f"{directory} holds what is to be exported; name another folder")
 

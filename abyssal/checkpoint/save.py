@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from abyssal.checkpoint.atomic import replace_directory
+from abyssal.checkpoint.atomic import refuse_other_folders, replace_directory
 from abyssal.checkpoint.convert import config_to_hf
 from abyssal.checkpoint.resume import TrainerState, save_trainer
 from abyssal.checkpoint.shards import write_json, write_shards
@@ -33,8 +33,7 @@ def save_checkpoint(
 ) -> None:
     """Write weights, configs, tokenizer and, for a run that may resume, `trainer/`; the old one stays until then."""
     path = Path(directory)
-    if path.exists() and not (path / "config.json").is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is no checkpoint; name another folder or remove it")
+    refuse_other_folders(path)
     ids: dict[str, int | None] = {}
     if tokenizer is not None:
         ids = {"bos_token_id": tokenizer.role_id("bos_token"), "eos_token_id": tokenizer.eos_id}

@@ -7,6 +7,7 @@ Letters: B rows, T tokens, W windows.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
+from abyssal.checkpoint.atomic import refuse_other_folders
 from abyssal.checkpoint.convert import model_type
 from abyssal.checkpoint.load import load_checkpoint
 from abyssal.checkpoint.save import save_checkpoint
@@ -44,7 +46,7 @@ TITLES = ("shape", "latent", "experts", "healed", "cache bytes/token", "of befor
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    directory: Annotated[Path, tyro.conf.Positional]  # a checkpoint: Llama, Qwen2, a student of ours
+    directory: Annotated[Path, tyro.conf.Positional]  # a checkpoint: Llama, Qwen2, a student of ours, a GGUF file
     to: str  # mla, from GQA or MHA; moe, from a dense feed-forward; or both: mla,moe
     latent: str = ""  # widths of deepseek_v3's latent, e.g. 64,128; without: the exact conversion, in a type of ours
     experts: int = 0  # routed ones, that a feed-forward is split into
@@ -120,7 +122,7 @@ class Row(NamedTuple):
 def convert(arguments: list[str]) -> None:
     options: ConvertOptions = parsed(ConvertOptions, args=arguments, prog=PROG)
     keep_freed_memory()
-    print_table(conversions(options, Console()))
+    print_table(conversions(options, Console(stderr=True)))
 
 
 def print_table(rows: Iterable[Row]) -> None:
@@ -133,7 +135,7 @@ def print_table(rows: Iterable[Row]) -> None:
 
 def conversions(options: ConvertOptions, console: Console) -> Iterator[Row]:
     """The table, the model as it was first. Each conversion is written once it is healed."""
-    path = resolve_checkpoint(options.directory)
+    path = options.directory if options.directory.is_file() else resolve_checkpoint(options.directory)
     with bytes_bar(f"loading {options.directory}", console) as on_bytes:
         model, tokenizer, config = load_checkpoint(
             path, dtype=options.dtype, device=options.device, on_bytes=on_bytes
@@ -141,20 +143,21 @@ def conversions(options: ConvertOptions, console: Console) -> Iterator[Row]:
     if tokenizer is None:
         raise FileNotFoundError(f"{path} has no tokenizer.json, by which text becomes ids; copy it there")
     targets = targets_of(config, options)
-    text = read_text(options, tokenizer)
+    folders = folders_of(targets, options)
+    for folder in folders:
+        if folder is not None:
+            refuse_other_folders(folder)  # before any work
+    text = read_text(options, tokenizer, longest=config.max_position_embeddings, console=console)
     original = measured(model, text, console, shape=model_type(config), steps=0)
     yield original
     statistics, experts = calibrated(model, targets[0], text.calibration_BT, options, console)
-    for target in targets:
+    for target, folder in zip(targets, folders, strict=True):
         student = convert_model(model, target, statistics, experts)
-        made = target.config
-        exact = not options.latents and made.num_experts_per_tok == made.n_routed_experts
-        shape = model_type(made) + (", exact" if exact else "")
+        shape = model_type(target.config) + (", exact" if is_exact(target.config, options) else "")
         yield measured(student, text, console, shape=shape, steps=0, before=original)
         yield from healed(student, model, text, options, console, shape=shape, before=original)
-        if options.out is not None:
-            out = options.out if len(targets) == 1 else options.out / f"latent-{made.kv_lora_rank}"
-            save_checkpoint(out, student, tokenizer)
+        if folder is not None:
+            save_checkpoint(folder, student, tokenizer)
 
 
 def healed(
@@ -171,16 +174,19 @@ def healed(
     if not options.steps:
         return
     config = HealConfig(steps=options.steps[-1], rows=options.heal_rows, lr=options.heal_lr)
-    with steps_bar(f"healing {shape}", console) as on_step:
-        for n_done, _ in enumerate(heal(student, teacher, text.healing_BT, config), start=1):
-            on_step(n_done, config.steps)
-            if n_done in options.steps:
-                yield measured(student, text, console, shape=shape, steps=n_done, before=before)
+    healing = heal(student, teacher, text.healing_BT, config)
+    for start, end in itertools.pairwise([0, *options.steps]):
+        with steps_bar(f"healing {shape}", console) as on_step:
+            for n_done, _ in zip(range(start + 1, end + 1), healing, strict=False):
+                on_step(n_done, config.steps)
+        yield measured(student, text, console, shape=shape, steps=end, before=before)
 
 
-def read_text(options: ConvertOptions, tokenizer: Tokenizer) -> Text:
-    """As many rows of the text as calibrating and healing want, or as there are."""
+def read_text(options: ConvertOptions, tokenizer: Tokenizer, *, longest: int, console: Console) -> Text:
+    """As many rows of the text as calibrating and healing want, or as there are, which is said."""
     row_len = options.row_len
+    if row_len > longest:
+        raise ValueError(f"--row-len {row_len} is longer than the model's max_position_embeddings={longest}")
     n_calibrate = max(1, options.calibration_tokens // row_len)
     n_heal = max(options.steps, default=0) * options.heal_rows
     documents = (document.text for document in open_source(options.text, seed=options.seed).documents())
@@ -194,7 +200,15 @@ def read_text(options: ConvertOptions, tokenizer: Tokenizer) -> Text:
     held_out = held_out_text() if options.held_out is None else options.held_out.read_text(encoding="utf-8")
     windows_WT = cut_windows(held_out, tokenizer, length=row_len, most=options.windows)
     calibration_BT, healing_BT = rows_BT[:n_calibrate], rows_BT[n_calibrate:]
-    return Text(calibration_BT, healing_BT if len(healing_BT) else calibration_BT, windows_WT)
+    if len(healing_BT) < n_heal:
+        console.print(
+            f"note: {options.text} has {len(rows_BT)} rows of {row_len} tokens: healing uses each more than once",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        healing_BT = rows_BT
+    return Text(calibration_BT, healing_BT, windows_WT)
 
 
 def measured(
@@ -233,6 +247,17 @@ def targets_of(config: ModelConfig, options: ConvertOptions) -> list[Target]:
         return [Target(half, half) for half in halves]
     counts = {"experts": options.experts, "shared": options.shared, "active": options.active}
     return [Target(half, moe_config(half, **counts)) for half in halves]
+
+
+def folders_of(targets: list[Target], options: ConvertOptions) -> list[Path | None]:
+    """Where each is written, if anywhere."""
+    if options.out is None or len(targets) == 1:
+        return [options.out] * len(targets)
+    return [options.out / f"latent-{target.config.kv_lora_rank}" for target in targets]
+
+
+def is_exact(config: ModelConfig, options: ConvertOptions) -> bool:
+    return not options.latents and config.num_experts_per_tok == config.n_routed_experts
 
 
 def calibrated(

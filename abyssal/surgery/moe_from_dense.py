@@ -136,7 +136,7 @@ def balanced_groups(points_IN: Tensor, n_groups: int) -> Tensor:
         centres.append(int(nearest_I.argmin()))
         nearest_I = torch.maximum(nearest_I, points_IN @ points_IN[centres[-1]])
     centres_GN = points_IN[centres]
-    group_I = torch.full((len(points_IN),), -1)
+    group_I = torch.full((len(points_IN),), -1, device=points_IN.device)
     for _ in range(ROUNDS):
         before_I, group_I = group_I, _with_room(points_IN @ F.normalize(centres_GN, dim=1).T)
         if torch.equal(before_I, group_I):
