@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from common import append_result
+from tables import quantize_table
 
 from abyssal.checkpoint.activation_aware import ScaledSource, find_scales
 from abyssal.checkpoint.export_hf import export_hf
@@ -107,21 +108,11 @@ def main() -> None:
         for _ in range(options.rounds):
             for arm in arms:
                 speeds[arm.name] += tokens_per_s(arm, tokenizer, n_tokens=options.tokens, rounds=1)
-        print("| weights | products | perplexity | against BF16 | bytes of weights | tokens/s at batch 1 |")
-        print("|---|---|---|---|---|---|")
-        of_bf16 = None
-        for arm in sorted(arms, key=lambda arm: arm.name != "BF16"):
-            row = measured(arm, windows_WT)
-            of_bf16 = of_bf16 or row["perplexity"]
+        for arm in arms:
             speed = speeds[arm.name]
-            row |= {"tokens_per_s": round(statistics.median(speed), 2), "of_rounds": [round(s, 2) for s in speed]}
-            append_result("quantize", {"checkpoint": options.checkpoint.name, **row})
-            change = f"{100 * (row['perplexity'] / of_bf16 - 1):+.2f} %"
-            print(
-                f"| {arm.name} | {row['computes_in']} | {row['perplexity']:.3f} | {change} "
-                f"| {row['weight_bytes'] / 1e6:.1f} MB | {row['tokens_per_s']:.1f} |",
-                flush=True,
-            )
+            rates = {"tokens_per_s": round(statistics.median(speed), 2), "of_rounds": [round(s, 2) for s in speed]}
+            append_result("quantize", {"checkpoint": options.checkpoint.name, **measured(arm, windows_WT), **rates})
+    print("\n".join(quantize_table()))
 
 
 if __name__ == "__main__":

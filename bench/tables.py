@@ -189,6 +189,25 @@ def load_table() -> list[str]:
     return lines
 
 
+def quantize_table() -> list[str]:
+    """The last line of each way to keep each checkpoint's weights."""
+    path = RESULTS / "quantize.jsonl"
+    if not path.is_file():
+        return ["Not measured yet."]
+    titles = ("checkpoint", "weights", "products", "perplexity", "against BF16", "in memory", "tokens/s at batch 1")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    last = {(row["checkpoint"], row["arm"]): row for row in rows}
+    for (checkpoint, arm), row in last.items():
+        change = 100 * (row["perplexity"] / last[checkpoint, "BF16"]["perplexity"] - 1)
+        lines.append(
+            f"| `{checkpoint}` | {arm} | {row['computes_in']} | {row['perplexity']:.2f} "
+            f"| {'–' if arm == 'BF16' else f'{change:+.1f} %'} | {row['weight_bytes'] / 1e6:.1f} MB "
+            f"| {row['tokens_per_s']:.1f} |"
+        )
+    return lines
+
+
 def ablation_tables() -> list[str]:
     return ablation_lines(RESULTS / "ablations")
 
@@ -209,6 +228,7 @@ TABLES = {
     "bench": bench_table,
     "grpo": grpo_table,
     "load": load_table,
+    "quantize": quantize_table,
     "ablations": ablation_tables,
 }
 
