@@ -163,6 +163,9 @@ def test_scalings_there_and_back(tmp_path: Path, shape: str, scaling: RopeScalin
         ("mla_moe", {"n_shared_experts": 0}, "deepseek2 has at least one"),
         ("mla_moe", {"scoring_func": "softmax"}, "no softmax scores with a balance bias"),
         ("mla_dense", {"rope_scaling": RopeScaling(kind="yarn", factor=4.0, mscale=0.5)}, "one number for both"),
+        ("mla_dense", {"latent_norm": False}, "no latents without a norm"),
+        ("mla_dense", {"rope_inv_freq": (1.0, 0.5, 1.0, 0.5)}, "own frequencies"),
+        ("mla_dense", {"qkv_bias": True}, "with biases"),
     ],
 )  # fmt: skip
 def test_a_shape_without_words_in_gguf_is_one_line(kind: str, changes: dict[str, Any], said: str):

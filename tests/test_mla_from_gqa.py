@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from oracle import assert_ours_runs_in_theirs
 from small_models import random_prompts, small_model
 from torch import Tensor
 
-from abyssal.checkpoint.convert import model_type
+from abyssal.checkpoint.convert import config_from_hf, config_to_hf, model_type
 from abyssal.checkpoint.load import load_checkpoint
 from abyssal.checkpoint.save import save_checkpoint
 from abyssal.engine import Engine
@@ -256,6 +257,14 @@ def test_biases_are_kept_under_a_type_of_ours(tmp_path: Path):
     assert model_type(converted.config) == "abyssal_mla_dense"
     save_checkpoint(tmp_path / "out", converted, None)
     assert load_checkpoint(tmp_path / "out").config == converted.config
+
+
+@pytest.mark.parametrize("value", [3.0, ["fast"], [-1.0]])
+def test_frequencies_that_are_none_are_refused(value: Any):
+    written = config_to_hf(exact_config(gqa_model().config))
+    assert config_from_hf(json.loads(json.dumps(written))).rope_inv_freq == pytest.approx((1.0, 0.1, 0.01, 0.001) * 2)
+    with pytest.raises(ValueError, match="rope_inv_freq=.* is not supported"):
+        config_from_hf(written | {"rope_inv_freq": value})
 
 
 @pytest.mark.parametrize("make, says", [

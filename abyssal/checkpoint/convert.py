@@ -111,8 +111,7 @@ def _gqa_moe(config: ModelConfig) -> str | None:
 
 
 def _mla(config: ModelConfig) -> str | None:
-    own = (config.rope_inv_freq, config.attention_scale) != (None, None)
-    if own or not config.latent_norm or config.qkv_bias or config.qk_nope_head_dim == 0:  # surgery/mla_from_gqa.py
+    if config.is_own_mla:
         return None
     if config.feed_forward == "dense":
         return "deepseek_v3"

@@ -115,6 +115,10 @@ def config_to_gguf(config: ModelConfig) -> Described:
 
 def architecture(config: ModelConfig) -> str:
     """llama.cpp's name of this shape."""
+    if config.is_own_mla:
+        raise ValueError(
+            "GGUF has no latents without a norm, with biases or own frequencies; export to a directory instead"
+        )
     if config.attention == "mla":
         if config.feed_forward == "moe":
             if config.n_shared_experts == 0:

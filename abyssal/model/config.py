@@ -164,6 +164,12 @@ class ModelConfig:
         return self.qk_rope_head_dim if self.attention == "mla" else self.head_dim
 
     @property
+    def is_own_mla(self) -> bool:
+        """Latent attention as no published type has it; whatever writes for other readers must say so."""
+        own = (self.rope_inv_freq, self.attention_scale, self.latent_norm, self.qkv_bias) != (None, None, True, False)
+        return self.attention == "mla" and (own or self.qk_nope_head_dim == 0)
+
+    @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim if self.attention == "mla" else self.head_dim
 
