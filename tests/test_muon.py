@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
+from small_models import small_model
 from torch import Tensor
 
 from abyssal.optim.muon import Muon, orthogonalize
+from abyssal.stages.state import build_optimizers
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8), (32, 31)])
-def test_singular_values_end_near_one(shape: tuple[int, int]):
-    values = torch.linalg.svdvals(orthogonalize(random(1, *shape))[0].float())
+def test_singular_values_end_near_one(shape: tuple[int, int], dtype: torch.dtype):
+    found = orthogonalize(random(1, *shape), dtype=dtype)
+    assert found.dtype == dtype
+    values = torch.linalg.svdvals(found[0].float())
     assert values.shape == (min(shape),)
     assert 0.6 < float(values.min()) and float(values.max()) < 1.3
 
@@ -101,3 +108,14 @@ def test_vectors_are_refused():
     p.grad = torch.ones(4)
     with pytest.raises(ValueError, match="give it to AdamW"):
         Muon([p], lr=0.1).step()
+
+
+def test_the_iteration_runs_in_the_type_of_the_model():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = small_model(dtype=dtype)
+        muon = build_optimizers(model, kind="muon", lr=0.1, adamw_lr=0.1, weight_decay=0.0)["muon"]
+        with mock.patch("abyssal.optim.muon.orthogonalize", side_effect=orthogonalize) as called:
+            for p in muon.param_groups[0]["params"]:
+                p.grad = torch.ones_like(p)
+            muon.step()
+        assert {call.kwargs["dtype"] for call in called.call_args_list} == {dtype}

@@ -45,8 +45,9 @@ def build_optimizers(
     plain = [p for name, p in vectors if p.ndim < 2]  # norms and biases have no reason to shrink
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizers: dict[str, torch.optim.Optimizer] = {"adamw": AdamW(groups, lr=adamw_lr)}
-    if matrices:
-        optimizers["muon"] = Muon([p for _, p in matrices], lr=lr, weight_decay=weight_decay)
+    if matrices:  # their products in the type that the model computes in: the one that is fast here
+        dtype = model.dtype if isinstance(model, Transformer) else torch.bfloat16
+        optimizers["muon"] = Muon([p for _, p in matrices], lr=lr, weight_decay=weight_decay, dtype=dtype)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
