@@ -32,6 +32,7 @@ from abyssal.tokens.bpe import (
 from abyssal.tokens.pieces import Dialect
 from abyssal.tokens.plain_text import PlainText, encoded, unlimited
 from abyssal.tokens.recognise import dialect_of, marked, template_of
+from abyssal.tokens.token_bytes import token_bytes
 from abyssal.tokens.tokenizer_files import ROLES, read_backend, read_config, template_text, token_name, write_whole
 
 
@@ -172,6 +173,11 @@ class Tokenizer:
     def control_ids(self) -> frozenset[int]:
         """All ids that no text can become."""
         return self._text.control_ids
+
+    @functools.cached_property
+    def bytes_of(self) -> list[bytes]:
+        """What each id writes, in bytes; nothing for control tokens."""
+        return token_bytes(self._backend, n_ids=self.vocab_size, control_ids=self.control_ids)
 
     @property
     def takes_blanks_before(self) -> set[str]:
