@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Role = Literal["system", "user", "assistant", "tool"]
 Language = Literal["en", "zh"]
-FinishReason = Literal["stop", "length", "aborted"]
+FinishReason = Literal["stop", "length", "aborted", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,8 @@ class Completion:
     compared by. A policy ratio is of `drawn_from.logps` where there are any. `ids` includes the end token when
     `finish_reason` is "stop". `experts` (n_computed, n_moe_layers, K) uint8 (int16 above 256 experts) are those chosen
     at each computed position (prompt, then all of `ids` but the last), or None for a dense model. `drawn_from` is None
-    when the ids were drawn from the model's own distribution, or nobody asked the engine to tell.
+    when the ids were drawn from the model's own distribution, or nobody asked the engine to tell. `error` says why
+    `finish_reason` is "error": the request's own fault or bad luck, never a neighbour's.
     """
 
     prompt_ids: list[int]
@@ -143,6 +144,7 @@ class Completion:
     finish_reason: FinishReason
     experts: torch.Tensor | None = None
     drawn_from: DrawnFrom | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

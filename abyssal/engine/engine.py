@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from abyssal.engine.blocks import BlockPool, blocks_for
+from abyssal.engine.control import Control, Steering, steer
 from abyssal.engine.runner import Runner
 from abyssal.engine.sampler import Sampling, derive_seed, kept_ids, sample, sampled_logps, sampling
 from abyssal.engine.scheduler import PrefixStats, Scheduler
@@ -117,8 +118,13 @@ class Engine:
     def n_unfinished(self) -> int:
         return len(self._sequences)
 
-    def add(self, prompt_ids: Seq[int], params: SamplingParams) -> int:
-        """Queue a request; its answer comes out of a later `step`. An answer is cut where the context ends."""
+    def add(self, prompt_ids: Seq[int], params: SamplingParams, *, control: Control | None = None) -> int:
+        """Queue a request; its answer comes out of a later `step`. An answer is cut where the context ends.
+
+        `control` steers the draws of this request, and of no other.
+        """
+        if control is not None and self._record_sampling:
+            raise ValueError("an engine with record_sampling=True tells what ids were drawn from; it takes no control")
         scheduler, ids = self._scheduler, [int(i) for i in prompt_ids]
         if not ids:
             raise ValueError("the prompt is empty; begin with the begin-of-sentence token")
@@ -137,7 +143,7 @@ class Engine:
                 f"max_tokens or give the engine n_blocks={need + 1} or more"
             )
         request_id, self._next_id = self._next_id, self._next_id + 1
-        sequence = Sequence(request_id, ids, params, limit)
+        sequence = Sequence(request_id, ids, params, limit, control)
         self._sequences[request_id] = sequence
         scheduler.add(sequence)
         return request_id
@@ -180,8 +186,12 @@ class Engine:
         """Append one token to each of these rows."""
         rows, device = self._rows, logits_BV.device
         positions_B = rows.length_R[rows_B]
+        controlled_C = rows.controlled_R[rows_B].nonzero()[0]
+        steering = self._steer(rows_B, controlled_C) if len(controlled_C) else None
+        if steering is not None and steering.errors:
+            return self._without(steering.errors, rows_B, logits_BV)
         how = self._sampling(rows_B, device)
-        drawn = sample(logits_BV[:, : self._vocab_size], torch.from_numpy(positions_B).to(device), how)
+        drawn = sample(logits_BV[:, : self._vocab_size], torch.from_numpy(positions_B).to(device), how, steering)
         ids_B, logps_B = drawn.ids_B.cpu().numpy(), drawn.logps_B.cpu().numpy()
         if not np.isfinite(logps_B).all():
             self._give_up()
@@ -191,12 +201,48 @@ class Engine:
         rows.length_R[rows_B] = positions_B + 1
         if self._record_sampling and drawn.probs_BV is not None and (how.any_scaled or how.any_filter):
             self._note_sampling(rows_B, drawn.probs_BV, drawn.ids_B, any_filter=how.any_filter)
+        errors = self._tell(rows_B, controlled_C)
         is_eos_B = self._is_eos_V[ids_B]
         is_done_B = is_eos_B | (positions_B + 1 >= rows.limit_R[rows_B])
+        is_done_B[list(errors)] = True
         return [
-            self._finish(rows.sequence_in(int(row)), "stop" if is_eos else "length")
-            for row, is_eos in zip(rows_B[is_done_B], is_eos_B[is_done_B], strict=True)
+            self._finish(rows.sequence_in(int(rows_B[i])), "stop" if is_eos_B[i] else "length", error=errors.get(i))
+            for i in is_done_B.nonzero()[0].tolist()
         ]
+
+    def _steer(self, rows_B: np.ndarray, controlled_C: np.ndarray) -> Steering:
+        errors = self._tell(rows_B, controlled_C)  # a step that was cut short may have drawn without telling
+        controls: list[tuple[int, Control]] = []
+        for i in controlled_C.tolist():
+            control = self._rows.sequence_in(int(rows_B[i])).control
+            if control is not None and i not in errors:
+                controls.append((i, control))
+        steering = steer(controls, n_vocab=self._vocab_size)
+        return steering._replace(errors=errors | steering.errors)
+
+    def _tell(self, rows_B: np.ndarray, controlled_C: np.ndarray) -> dict[int, str]:
+        """Tell the controls at these places what their rows have drawn; returns what went wrong, by place."""
+        errors: dict[int, str] = {}
+        for i in controlled_C.tolist():
+            row = int(rows_B[i])
+            sequence = self._rows.sequence_in(row)
+            untold = slice(len(sequence.prompt_ids) + sequence.n_told, int(self._rows.length_R[row]))
+            try:
+                for token in self._rows.ids_RT[row, untold].tolist():
+                    sequence.n_told += 1
+                    if sequence.control is not None:
+                        sequence.control.drawn(token)
+            except Exception as error:  # whatever it is, it is this request's alone
+                errors[i] = f"{type(error).__name__}: {error}"
+        return errors
+
+    def _without(self, errors: dict[int, str], rows_B: np.ndarray, logits_BV: Tensor) -> list[Finished]:
+        """End the rows of these places with their errors, and draw for the others."""
+        finished = [
+            self._finish(self._rows.sequence_in(int(rows_B[i])), "error", error=error) for i, error in errors.items()
+        ]
+        kept_B = np.delete(np.arange(len(rows_B)), list(errors))
+        return finished + (self._draw(rows_B[kept_B], logits_BV[kept_B]) if len(kept_B) else [])
 
     def _note_sampling(self, rows_B: np.ndarray, probs_BV: Tensor, ids_B: Tensor, *, any_filter: bool) -> None:
         """Write down what each id was drawn from, where that is not the model's own distribution."""
@@ -226,7 +272,7 @@ class Engine:
             self._how = version, how
         return how
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> Finished:
+    def _finish(self, sequence: Sequence, reason: FinishReason, *, error: str | None = None) -> Finished:
         experts = None
         if sequence.row is not None:
             n_computed = int(self._rows.length_R[sequence.row]) - 1
@@ -239,9 +285,10 @@ class Engine:
                 prompt_ids=sequence.prompt_ids,
                 ids=sequence.ids.tolist(),
                 logps=sequence.logps.tolist(),
-                finish_reason=reason,
+                finish_reason=reason if error is None else "error",
                 experts=experts,
                 drawn_from=sequence.drawn_from() if self._record_sampling else None,
+                error=error,
             ),
         )
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from abyssal.engine.control import Steering
+
 # splitmix64 (Steele, Lea, Flood 2014): the stream's step and the two multipliers of its finaliser
 GOLDEN, MIX_A, MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 CANDIDATES = 64  # enough to settle top-p for a trained model; rows that need more are sorted whole
@@ -70,9 +72,13 @@ def sampling(
     )
 
 
-def sample(logits_BV: Tensor, positions_B: Tensor, how: Sampling) -> Drawn:
+def sample(logits_BV: Tensor, positions_B: Tensor, how: Sampling, steering: Steering | None = None) -> Drawn:
     """One id a row for the given positions of their sequences."""
     logps_BV = logits_BV.log_softmax(-1)
+    if steering is not None and steering.allowed_MV is not None:
+        masked_M = torch.from_numpy(steering.masked_M).to(logits_BV.device)
+        forbidden_MV = torch.from_numpy(~steering.allowed_MV).to(logits_BV.device)
+        logits_BV = logits_BV.index_put((masked_M,), logits_BV[masked_M].masked_fill(forbidden_MV, -torch.inf))
     probs_BV = None
     if how.all_greedy:
         ids_B = logits_BV.argmax(-1)
@@ -81,6 +87,9 @@ def sample(logits_BV: Tensor, positions_B: Tensor, how: Sampling) -> Drawn:
         ids_B = inverse_cdf(probs_BV, uniform(how.key_B, positions_B))
         if how.any_greedy:
             ids_B = torch.where(how.temperature_B == 0, logits_BV.argmax(-1), ids_B)
+    if steering is not None and steering.forced_C is not None:
+        forced_rows_C = torch.from_numpy(steering.forced_rows_C).to(ids_B.device)
+        ids_B = ids_B.index_put((forced_rows_C,), torch.from_numpy(steering.forced_C).to(ids_B.device))
     return Drawn(ids_B, logps_BV.gather(-1, ids_B[:, None])[:, 0], probs_BV)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from abyssal.engine.control import Control
 from abyssal.engine.sampler import COLDEST, noise_key
 from abyssal.types import DrawnFrom, SamplingParams
 
@@ -53,6 +54,8 @@ class Sequence:
     prompt_ids: list[int]
     params: SamplingParams
     limit: int
+    control: Control | None = None
+    n_told: int = 0  # drawn ids that the control has heard of
     prefix: Prefix | None = None
     row: int | None = None
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # drawn before the last preemption
@@ -94,6 +97,7 @@ class Rows:
         self.top_p_R = np.ones(n_rows, np.float64)
         self.top_k_R = np.zeros(n_rows, np.int64)
         self.min_p_R = np.zeros(n_rows, np.float32)
+        self.controlled_R = np.zeros(n_rows, bool)
         self.sequences: list[Sequence | None] = [None] * n_rows
         self.active = np.empty(0, np.int64)
         self._free = list(range(n_rows - 1, -1, -1))
@@ -115,6 +119,7 @@ class Rows:
         self.key_R[row] = noise_key(params.seed)
         self.temperature_R[row], self.top_p_R[row] = params.temperature, params.top_p
         self.top_k_R[row], self.min_p_R[row] = params.top_k, params.min_p
+        self.controlled_R[row] = sequence.control is not None
         self.sequences[row] = sequence
         self.active = np.append(self.active, row)
 
