@@ -10,7 +10,7 @@ from test_engine import GREEDY, plain, same
 from test_scheduler import BLOCK, add, blocks_of, scheduler
 
 from abyssal.engine import Engine
-from abyssal.engine.blocks import BlockPool, block_keys
+from abyssal.engine.blocks import BlockPool, block_keys, namespace_key
 from abyssal.engine.scheduler import PrefixStats
 from abyssal.types import SamplingParams
 
@@ -31,6 +31,14 @@ def test_a_key_covers_its_block_and_all_before():
     other = ids.copy()
     other[5] = 99
     assert [a == b for a, b in zip(block_keys(ids, 4), block_keys(other, 4), strict=True)] == [True, False]
+
+
+def test_a_key_belongs_to_a_namespace():
+    ids = np.arange(8)
+    ours, theirs = (block_keys(ids, 4, namespace_key(name)) for name in ("ours", "theirs"))
+    assert not set(ours) & set(theirs) and ours == block_keys(ids, 4, namespace_key("ours"))
+    assert {len(key) for key in ours} == {32}
+    assert namespace_key("\ud800") != namespace_key("")  # half a character is a name too
 
 
 def test_a_remembered_block_outlives_its_owner_until_room_is_needed():
@@ -292,3 +300,95 @@ def test_a_shared_block_stays_until_its_last_owner_goes():
     assert blocks_of(s, second)[:2] == shared and (s.pool._owners[shared] == 1).all()
     taken = s.pool.take(s.pool.n_free)
     assert not set(taken.tolist()) & set(shared) and BLOCK == 4
+
+
+def test_a_namespace_finds_its_own_blocks_and_no_others():
+    """The same question again: as fast as can be for who asked it before, and as slow as ever for everybody else."""
+    engine = Engine(small_model(), eos_ids=[], block_size=4, prefix_cache=True)
+    [prompt] = random_prompts([21])
+    computed = counted_tokens(engine)
+    answers = []
+    for namespace in ("", "a", "b", "a", "b"):
+        engine.add(prompt, GREEDY, namespace=namespace)
+        while engine.n_unfinished:
+            answers += engine.step()
+    assert computed == [21, 21, 21, 1, 1]
+    assert len({tuple(c.ids) for _, c in answers}) == 1
+
+
+def counted_tokens(engine: Engine) -> list[int]:
+    """Prompt tokens computed by each prefill from now on."""
+    counts: list[int] = []
+    prefill = engine._runner.prefill
+    engine._runner.prefill = lambda chunks: counts.append(sum(len(c.ids) for c in chunks)) or prefill(chunks)
+    return counts
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_siblings_in_flight_share_within_a_namespace_only(prefix_cache: bool):
+    engine = Engine(small_model(), eos_ids=[], block_size=4, prefix_cache=prefix_cache)
+    [prompt] = random_prompts([21])
+    computed = counted_tokens(engine)
+    for namespace in "aabab":
+        engine.add(prompt, GREEDY, namespace=namespace)
+    engine.step()
+    assert computed == [42]
+    rows = engine._rows
+    held = {space: {int(b) for row in range(5) if "aabab"[row] == space for b in rows.blocks_of(rows.active[row])}
+            for space in "ab"}
+    assert not held["a"] & held["b"]
+
+
+class Shelf:
+    """A tier that keeps keys alone, and can be told to fail."""
+
+    def __init__(self) -> None:
+        self.kept: set[bytes] = set()
+        self.n_sound = 99
+
+    def find(self, keys: list[bytes]) -> int:
+        return next((n for n, key in enumerate(keys) if key not in self.kept), len(keys))
+
+    def bring(self, keys: list[bytes], blocks: np.ndarray) -> int:
+        assert len(keys) == len(blocks) and self.find(keys) == len(keys)
+        self.kept -= set(keys[self.n_sound :])
+        return min(self.n_sound, len(keys))
+
+    def offer(self, keys: list[bytes], blocks: np.ndarray) -> None:
+        assert len(keys) == len(blocks)
+        assert not self.kept & set(keys)  # nothing is offered twice, and nothing that it brought
+        self.kept |= set(keys)
+
+
+@pytest.mark.parametrize("n_sound, start", [(99, 12), (1, 4), (0, 0)])
+def test_a_tier_brings_what_the_cache_has_lost(n_sound: int, start: int):
+    s = scheduler(prefix_cache=True, tier=Shelf())
+    [prompt] = random_prompts([14])
+    s.remove(admitted(s, prompt))
+    assert len(s.tier.kept) == 3
+    s.pool.forget()
+    s.tier.n_sound = n_sound
+    add(s, prompt)
+    admission = s.admit()
+    [(_, chunk)] = admission.prefills
+    # what was promised and not kept waits for the next step, so that no step grows beyond what it had room for
+    assert (chunk.start, len(chunk.ids)) == (start, 2) and s.stats.n_found == start
+    s.computed(admission)
+    while s.waiting:
+        s.computed(s.admit())
+    assert len(s.tier.kept) == 3  # what was not sound is computed anew and offered again
+
+
+def test_a_tier_is_asked_after_the_cache_and_offered_nothing_stale():
+    s = scheduler(prefix_cache=True, tier=Shelf())
+    [prompt] = random_prompts([14])
+    first = admitted(s, prompt[:9])  # two full blocks
+    keys = block_keys(np.array(prompt), BLOCK)
+    s.tier.kept.add(keys[2])
+    add(s, prompt, request_id=1)
+    [(_, chunk)] = s.admit().prefills
+    assert chunk.start == 12 and blocks_of(s, first)[:2] == chunk.blocks[:2].tolist()
+    s.rows.length_R[first.row] = 16  # it has grown past its third block when the weights change
+    kept = set(s.tier.kept)
+    s.preempt_all()
+    assert s.tier.kept == kept

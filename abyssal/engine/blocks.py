@@ -1,8 +1,10 @@
 """Paged cache: which blocks are free, how many owners each used one has, and what full ones hold (PagedAttention's
 block manager with a prefix cache).
 
-A full block may be remembered under a key of its tokens and all before them. Without owners it then stays as it is,
-counted as free, and is given to somebody else only when no empty block is left, the longest unused first.
+A full block may be remembered under a key of its tokens, all before them and the namespace they belong to. Without
+owners it then stays as it is, counted as free, and is given to somebody else only when no empty block is left, the
+longest unused first. A key is a cryptographic hash: nobody can make a prompt that finds a block of other tokens, and
+who does not share a namespace finds nothing of it, so that no answer comes sooner because a stranger asked the same.
 Owns block ids, reference counts and keys. Does not own tensors: see `model/cache.py`; nor who holds a block: see
 `scheduler.py`. Block 0 is nobody's: padding tokens write there and columns past a sequence's end read from it.
 """
@@ -11,10 +13,12 @@ from __future__ import annotations
 
 import hashlib
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 
 TRASH_BLOCK = 0
+KEY_BYTES = 32  # as strong as SHA-256: no two blocks have one key
 
 
 def blocks_for(n_tokens: int, block_size: int) -> int:
@@ -22,13 +26,33 @@ def blocks_for(n_tokens: int, block_size: int) -> int:
     return -(-n_tokens // block_size)
 
 
-def block_keys(ids: np.ndarray, block_size: int) -> list[bytes]:
-    """One key for each full block of a sequence: a hash of its ids and of the key before it."""
-    keys, key = [], b""
+def namespace_key(namespace: str) -> bytes:
+    """The key before the first block of everything in a namespace."""
+    name = namespace.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(name, digest_size=KEY_BYTES, person=b"namespace").digest()
+
+
+def block_keys(ids: np.ndarray, block_size: int, key: bytes = b"") -> list[bytes]:
+    """One key for each full block of a sequence: a hash of its ids and of the key before it, first the namespace's."""
+    keys = []
     for end in range(block_size, len(ids) + 1, block_size):
-        key = hashlib.blake2b(key + ids[end - block_size : end].tobytes(), digest_size=16).digest()
+        block = ids[end - block_size : end].astype("<i8", copy=False).tobytes()  # the same key on every machine
+        key = hashlib.blake2b(key + block, digest_size=KEY_BYTES, person=b"block").digest()
         keys.append(key)
     return keys
+
+
+class Tier(Protocol):
+    """A slower store of full blocks under the same keys, asked for what is no longer in the cache."""
+
+    def find(self, keys: list[bytes]) -> int:
+        """How many of these it has, counted from the first on without a gap."""
+
+    def bring(self, keys: list[bytes], blocks: np.ndarray) -> int:
+        """Fill these blocks with what it has under these keys; how many from the first on are now as computed."""
+
+    def offer(self, keys: list[bytes], blocks: np.ndarray) -> None:
+        """These blocks are full and computed. They may change after this returns."""
 
 
 class BlockPool:
@@ -82,11 +106,17 @@ class BlockPool:
             freed = freed[~is_kept]
         self._push(freed)
 
-    def remember(self, ids: np.ndarray, keys: list[bytes]) -> None:
-        """These blocks are full, computed and will not change. A key that is known keeps the block it has."""
-        for block, key in zip(ids.tolist(), keys, strict=True):
+    def remember(self, ids: np.ndarray, keys: list[bytes]) -> list[int]:
+        """These blocks are full, computed and will not change. A key that is known keeps the block it has.
+
+        Returns which of them are remembered only now, by their place in `ids`.
+        """
+        new = []
+        for place, (block, key) in enumerate(zip(ids.tolist(), keys, strict=True)):
             if key not in self._block_of and block not in self._key_of:
                 self._block_of[key], self._key_of[block] = block, key
+                new.append(place)
+        return new
 
     def find(self, keys: list[bytes]) -> np.ndarray:
         """The remembered blocks of the longest known beginning; `share` them to have them."""

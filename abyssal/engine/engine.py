@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abyssal.engine.blocks import BlockPool, blocks_for
+from abyssal.engine.blocks import BlockPool, blocks_for, namespace_key
 from abyssal.engine.control import Control, Steering, steer
 from abyssal.engine.runner import Runner
 from abyssal.engine.sampler import Sampling, derive_seed, kept_ids, sample, sampled_logps, sampling
@@ -44,7 +44,8 @@ class Engine:
     not exist. `record_sampling` tells of each completion what it was drawn from, where that is not the model's own
     distribution.
     `prefill_chunk`: at most so many prompt tokens a step, so that a long prompt does not make running answers wait.
-    `prefix_cache`: what earlier requests left in the cache is used again where prompts begin alike (`prefix_stats`).
+    `prefix_cache`: what earlier requests of a namespace left in the cache is used again where prompts begin alike
+    (`prefix_stats`).
     `invariant`: a request's tokens and log-probs are the same bits alone or among others, with the cache cold or warm,
     in chunks or whole, preempted or not (see `runner.py`); slower.
     """
@@ -118,10 +119,18 @@ class Engine:
     def n_unfinished(self) -> int:
         return len(self._sequences)
 
-    def add(self, prompt_ids: Seq[int], params: SamplingParams, *, control: Control | None = None) -> int:
+    def add(
+        self,
+        prompt_ids: Seq[int],
+        params: SamplingParams,
+        *,
+        control: Control | None = None,
+        namespace: str = "",
+    ) -> int:
         """Queue a request; its answer comes out of a later `step`. An answer is cut where the context ends.
 
-        `control` steers the draws of this request, and of no other.
+        `control` steers the draws of this request, and of no other. What the cache holds for one `namespace` (a user, a
+        key) is invisible to all others, in time as well.
         """
         if control is not None and self._record_sampling:
             raise ValueError("an engine with record_sampling=True tells what ids were drawn from; it takes no control")
@@ -143,7 +152,7 @@ class Engine:
                 f"max_tokens or give the engine n_blocks={need + 1} or more"
             )
         request_id, self._next_id = self._next_id, self._next_id + 1
-        sequence = Sequence(request_id, ids, params, limit, control)
+        sequence = Sequence(request_id, ids, params, limit, control, root=namespace_key(namespace))
         self._sequences[request_id] = sequence
         scheduler.add(sequence)
         return request_id

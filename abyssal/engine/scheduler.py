@@ -5,7 +5,8 @@ spare for each running sequence so that growth does not at once throw somebody o
 grows; when none is left, prompts kept for waiting siblings are given up first, then the youngest running sequence
 goes back to the head of the queue and its cache is recomputed later. Noise is keyed by seed and position, so it draws
 on unchanged. Siblings (same prompt) share the prompt's full blocks; each gets its own copy of the last, partly filled
-one. With a prefix cache, full blocks outlive their sequence and a later one that begins with the same ids shares them.
+one. With a prefix cache, full blocks outlive their sequence and a later one that begins with the same ids shares them;
+what the cache has lost may come back from a slower tier. Both kinds of sharing stay within a namespace.
 With `prefill_chunk`, a step computes at most so many prompt ids: a long prompt takes several, running answers go on.
 Owns the queue, the rows and the block pool. Does not own tensors: `runner.py` computes what is decided here.
 """
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from abyssal.engine.blocks import BlockPool, block_keys, blocks_for
+from abyssal.engine.blocks import BlockPool, Tier, block_keys, blocks_for
 from abyssal.engine.sequence import Chunk, Prefix, Rows, Sequence
 
 
@@ -48,8 +49,9 @@ class Scheduler:
         prefill_tokens: int,
         prefill_chunk: int | None = None,
         prefix_cache: bool = False,
+        tier: Tier | None = None,
     ) -> None:
-        self.pool, self.rows = pool, rows
+        self.pool, self.rows, self.tier = pool, rows, tier
         self.block_size, self.prefill_tokens, self.prefix_cache = block_size, prefill_tokens, prefix_cache
         self.prefill_chunk = sys.maxsize if prefill_chunk is None else prefill_chunk
         self.waiting: deque[Sequence] = deque()
@@ -59,17 +61,17 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         ids = np.array(sequence.prompt_ids, np.int64)
-        key = ids.tobytes()
+        key = sequence.root + ids.tobytes()
         prefix = self._prefixes.get(key)
         if prefix is None:
-            prefix = self._prefixes[key] = self._prefix(ids, key)
+            prefix = self._prefixes[key] = self._prefix(ids, sequence.root, key)
         prefix.n_waiting += 1
         sequence.prefix = prefix
         self.waiting.append(sequence)
 
-    def _prefix(self, ids: np.ndarray, key: bytes | None = None) -> Prefix:
+    def _prefix(self, ids: np.ndarray, root: bytes, key: bytes | None = None) -> Prefix:
         """The last id is always computed, because its logits are wanted: no block that holds it is looked for."""
-        return Prefix(ids, key, block_keys=block_keys(ids[:-1], self.block_size) if self.prefix_cache else [])
+        return Prefix(ids, key, block_keys=block_keys(ids[:-1], self.block_size, root) if self.prefix_cache else [])
 
     def admit(self) -> Admission:
         """Move waiting sequences into free rows as far as rows, blocks and the prefill budgets reach."""
@@ -79,7 +81,8 @@ class Scheduler:
             prefix = self.waiting[0].prefix
             assert prefix is not None, "a waiting sequence has something to compute"
             found = self.pool.find(prefix.block_keys) if prefix.blocks is None else np.empty(0, np.int64)
-            start = prefix.n_computed if prefix.blocks is not None else len(found) * self.block_size
+            n_below = self._n_below(prefix, found)
+            start = prefix.n_computed if prefix.blocks is not None else (len(found) + n_below) * self.block_size
             n_chunk = min(len(prefix.ids) - start, left)
             if start < len(prefix.ids):
                 # the batch is padded to its longest prompt: that is what the budget counts
@@ -89,7 +92,8 @@ class Scheduler:
                     break
             if not self._make_room(prefix, found):
                 break
-            blocks = self._claim(prefix, found) if prefix.blocks is None else prefix.blocks
+            blocks = self._claim(prefix, found, n_below) if prefix.blocks is None else prefix.blocks
+            start = prefix.n_computed  # less than was thought where the tier could not keep its word
             if start < len(prefix.ids):
                 admission.prefills.append((prefix, Chunk(prefix.ids[start : start + n_chunk], start, blocks)))
                 prefix.n_computed, left = start + n_chunk, left - n_chunk
@@ -119,12 +123,24 @@ class Scheduler:
             return 1
         return blocks_for(len(prefix.ids), self.block_size) - len(found) + self.pool.n_idle(found)
 
-    def _claim(self, prefix: Prefix, found: np.ndarray) -> np.ndarray:
-        """Give a prefix its blocks: those found in the cache, and new ones for the rest."""
+    def _n_below(self, prefix: Prefix, found: np.ndarray) -> int:
+        """How many blocks after those found the tier has."""
+        if self.tier is None or prefix.blocks is not None:
+            return 0
+        return self.tier.find(prefix.block_keys[len(found) :])
+
+    def _claim(self, prefix: Prefix, found: np.ndarray, n_below: int) -> np.ndarray:
+        """Give a prefix its blocks: those found in the cache, and new ones for the rest, some filled by the tier."""
         self.pool.share(found)  # first: an idle block that is taken anew would lose what it holds
         new = self.pool.take(blocks_for(len(prefix.ids), self.block_size) - len(found))
         prefix.blocks = np.concatenate((found, new))
-        prefix.n_computed = len(found) * self.block_size
+        n_filled = len(found)
+        if self.tier is not None and n_below:
+            keys = prefix.block_keys[len(found) : len(found) + n_below]
+            n_brought = self.tier.bring(keys, new[:n_below])
+            self.pool.remember(new[:n_brought], keys[:n_brought])
+            n_filled += n_brought
+        prefix.n_computed = n_filled * self.block_size
         self.stats = PrefixStats(self.stats.n_tokens + len(prefix.ids), self.stats.n_found + prefix.n_computed)
         return prefix.blocks
 
@@ -132,7 +148,12 @@ class Scheduler:
         """The prefills are done: what they filled may be found by later requests."""
         for prefix, chunk in admission.prefills:
             n_full = min((chunk.start + len(chunk.ids)) // self.block_size, len(prefix.block_keys))
-            self.pool.remember(chunk.blocks[:n_full], prefix.block_keys[:n_full])
+            self._remember(chunk.blocks[:n_full], prefix.block_keys[:n_full])
+
+    def _remember(self, blocks: np.ndarray, keys: list[bytes]) -> None:
+        new = self.pool.remember(blocks, keys)
+        if self.tier is not None and new:
+            self.tier.offer([keys[place] for place in new], blocks[new])
 
     def _place(self, sequence: Sequence, prefix: Prefix, admission: Admission) -> None:
         blocks = prefix.blocks
@@ -170,29 +191,29 @@ class Scheduler:
             rows.n_blocks_R[short] += 1
         return active
 
-    def preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence, *, stale: bool = False) -> None:
         """Back to the head of the queue, its blocks free; what it has drawn is recomputed with its prompt."""
-        self._leave(sequence)
+        self._leave(sequence, stale=stale)
         ids = np.concatenate((np.array(sequence.prompt_ids, np.int64), sequence.ids))
-        sequence.prefix = self._prefix(ids)
+        sequence.prefix = self._prefix(ids, sequence.root)
         sequence.prefix.n_waiting = 1
         self.waiting.appendleft(sequence)
 
     def preempt_all(self) -> None:
         """Nothing computed so far may be used again, as after a change of weights."""
         for row in self.rows.active[::-1].tolist():
-            self.preempt(self.rows.sequence_in(row))
+            self.preempt(self.rows.sequence_in(row), stale=True)
         self.drop_prefixes()
         self.pool.forget()
 
-    def _leave(self, sequence: Sequence) -> None:
-        """Take a sequence out of its row. With a prefix cache its full blocks can still be found."""
+    def _leave(self, sequence: Sequence, *, stale: bool = False) -> None:
+        """Take a sequence out of its row. With a prefix cache its full blocks, unless stale, can still be found."""
         row = sequence.row
         assert row is not None, f"request {sequence.request_id} is not running"
-        if self.prefix_cache:
+        if self.prefix_cache and not stale:
             n_full = (int(self.rows.length_R[row]) - 1) // self.block_size  # the last id drawn is not computed
-            keys = block_keys(self.rows.ids_RT[row, : n_full * self.block_size], self.block_size)
-            self.pool.remember(self.rows.blocks_RN[row, :n_full], keys)
+            keys = block_keys(self.rows.ids_RT[row, : n_full * self.block_size], self.block_size, sequence.root)
+            self._remember(self.rows.blocks_RN[row, :n_full], keys)
         self.pool.release(self.rows.clear(sequence))
         self.version += 1
 

@@ -48,7 +48,10 @@ class Chunk(NamedTuple):
 
 @dataclass(eq=False)
 class Sequence:
-    """`limit` is the number of ids, prompt included, at which it is cut. `prefix` is None while it runs."""
+    """`limit` is the number of ids, prompt included, at which it is cut. `prefix` is None while it runs.
+
+    `root` is its namespace's key: what it computes is found by sequences with the same one only.
+    """
 
     request_id: int
     prompt_ids: list[int]
@@ -56,6 +59,7 @@ class Sequence:
     limit: int
     control: Control | None = None
     n_told: int = 0  # drawn ids that the control has heard of
+    root: bytes = b""
     prefix: Prefix | None = None
     row: int | None = None
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # drawn before the last preemption
