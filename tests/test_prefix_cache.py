@@ -165,12 +165,12 @@ def watched_writes(engine: Engine) -> list[int]:
     pool, runner, writes = engine._scheduler.pool, engine._runner, []
     hidden = runner._hidden
 
-    def checked(ids_BT, positions_BT, *, slots_BT, context_BS):
-        blocks = np.unique(slots_BT // runner.block_size)
+    def checked(batch):
+        blocks = np.unique(batch.slots_BT // runner.block_size)
         for block in blocks[blocks > 0].tolist():
             assert pool._owners[block] == 1 and block not in pool._key_of
         writes.append(len(blocks))
-        return hidden(ids_BT, positions_BT, slots_BT=slots_BT, context_BS=context_BS)
+        return hidden(batch)
 
     runner._hidden = checked
     return writes

@@ -39,7 +39,7 @@ def test_siblings_share_full_blocks_and_own_their_last():
     tables = [blocks_of(s, x) for x in (first, second, third)]
     assert len({t[0] for t in tables}) == 1
     assert len({t[1] for t in tables}) == 3
-    _, (_, _, blocks) = admission.prefills[0]
+    _, (_, _, blocks, _) = admission.prefills[0]
     assert tables[2] == blocks.tolist()  # the last one needs no copy
     assert admission.copy_from == [blocks[1]] * 2
     assert admission.copy_to == [tables[0][1], tables[1][1]]

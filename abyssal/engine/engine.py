@@ -172,7 +172,7 @@ class Engine:
     def _step(self, finished: list[Finished]) -> None:
         admission = self._scheduler.admit()
         if admission.prefills:
-            logits_BV = self._runner.prefill([chunk for _, chunk in admission.prefills])
+            logits_BV = self._runner.prefill([chunk for _, chunk in admission.prefills]).logits_XV
             for (prefix, _), logits_V in zip(admission.prefills, logits_BV, strict=True):
                 prefix.logits_V = logits_V
             self._scheduler.computed(admission)
@@ -187,9 +187,10 @@ class Engine:
 
     def _decode(self, rows_B: np.ndarray) -> Tensor:
         rows = self._rows
-        positions_B = rows.length_R[rows_B] - 1
+        positions_BT = rows.length_R[rows_B, None] - 1
         n_columns = int(rows.n_blocks_R[rows_B].max())
-        return self._runner.decode(rows.ids_RT[rows_B, positions_B], positions_B, rows.blocks_RN[rows_B, :n_columns])
+        ids_BT = rows.ids_RT[rows_B[:, None], positions_BT]
+        return self._runner.decode(ids_BT, positions_BT, rows.blocks_RN[rows_B, :n_columns]).logits_XV
 
     def _draw(self, rows_B: np.ndarray, logits_BV: Tensor) -> list[Finished]:
         """Append one token to each of these rows."""

@@ -10,11 +10,12 @@ and a multiple of 8, so that no kernel sums in another order because of what els
 torch 2.13, 1 and 2 threads). Elsewhere it is not assumed: a runner first compares longer passes with passes of 8 single
 tokens, on its own weights, and keeps to the latter where they differ.
 Letters: B sequences or rows, T new tokens, S key positions, N tokens or blocks of a sequence, D width, V vocabulary,
-M MoE layers, K chosen experts.
+M MoE layers, K chosen experts, X tokens asked for, sequence after sequence, A places ahead (MTP modules).
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,35 @@ class Passes(NamedTuple):
     most_tokens: int = MOST_TOKENS
 
 
+class Batch(NamedTuple):
+    """Rows of new tokens: what they are, where they stand, where they write, what they read. For MTP modules: the ids
+    1, 2, .. A places after each, or the hidden states that one module starts from."""
+
+    ids_BT: np.ndarray
+    positions_BT: np.ndarray
+    slots_BT: np.ndarray
+    context_BS: np.ndarray
+    ahead_BTA: np.ndarray | None = None
+    hidden_BTD: Tensor | None = None
+
+    def rows(self, some: slice) -> Batch:
+        return Batch(
+            self.ids_BT[some],
+            self.positions_BT[some],
+            self.slots_BT[some],
+            self.context_BS[some],
+            None if self.ahead_BTA is None else self.ahead_BTA[some],
+            None if self.hidden_BTD is None else self.hidden_BTD[some],
+        )
+
+
+class Computed(NamedTuple):
+    """Of each token asked for: logits of what comes after it, and the hidden state they were made from."""
+
+    logits_XV: Tensor
+    hidden_XD: Tensor
+
+
 class Runner:
     def __init__(
         self,
@@ -56,11 +86,14 @@ class Runner:
         block_size: int,
         record_experts: bool,
         invariant: bool = False,
+        looks_ahead: bool = False,
     ) -> None:
+        """`looks_ahead`: MTP modules draft (`look_ahead`), so a prompt leaves its entries in their layers too."""
         config = model.config
         self.model = model.inference_copy(invariant=invariant)
         self._owns_weights = not model.is_cast
         self.block_size, self.invariant = block_size, invariant
+        self._n_ahead = config.num_nextn_predict_layers if looks_ahead else 0
         self.device = model.embed_tokens.weight.device
         is_fp32_cpu = self.device.type == "cpu" and model.dtype == torch.float32
         self._row_multiple = ROW_MULTIPLE if invariant else ROW_MULTIPLE_FP32_CPU if is_fp32_cpu else 1
@@ -91,11 +124,12 @@ class Runner:
             self.model = model.inference_copy(invariant=self.invariant)
             self._owns_weights = not model.is_cast
 
-    def prefill(self, chunks: list[Chunk]) -> Tensor:
-        """Compute prompts or parts of them into their blocks; logits of each chunk's last position, (B, V)."""
+    def prefill(self, chunks: list[Chunk]) -> Computed:
+        """Compute prompts or parts of them into their blocks; asked for is each chunk's last token."""
         lengths_B = np.array([len(chunk.ids) for chunk in chunks])
         if self._passes is not None:
-            return self._logits(self._prefill_pieces(chunks, self._passes)[torch.from_numpy(lengths_B.cumsum() - 1)])
+            hidden_ND = self._prefill_pieces(chunks, self._passes)
+            return self._computed(hidden_ND[torch.from_numpy(lengths_B.cumsum() - 1)])
         starts_B = np.array([chunk.start for chunk in chunks])
         positions_BT = starts_B[:, None] + np.arange(blocks_for(lengths_B.max(), self.block_size) * self.block_size)
         ids_BT = np.zeros_like(positions_BT)
@@ -105,36 +139,92 @@ class Runner:
         # the tokens that pad a chunk may reach beyond any block: theirs is the trash
         blocks_BN = self._table([chunk.blocks for chunk in chunks], n_columns=positions_BT.max() // self.block_size + 1)
         # within a prompt's own blocks the padding may be written: a later token overwrites it before anyone sees it
-        hidden_BTD = self._hidden(
-            ids_BT,
-            positions_BT,
-            slots_BT=self._slots_at(positions_BT, blocks_BN),
-            context_BS=self._slots(blocks_BN[:, :n_columns]),
-        )
-        return self._logits(hidden_BTD[torch.arange(len(chunks)), torch.from_numpy(lengths_B - 1)])
+        slots_BT, context_BS = self._slots_at(positions_BT, blocks_BN), self._slots(blocks_BN[:, :n_columns])
+        batch = Batch(ids_BT, positions_BT, slots_BT, context_BS, self._ahead(ids_BT, chunks))
+        hidden_BTD = self._hidden(batch)
+        return self._computed(hidden_BTD[torch.arange(len(chunks)), torch.from_numpy(lengths_B - 1)])
 
-    def decode(self, ids_B: np.ndarray, positions_B: np.ndarray, blocks_BN: np.ndarray) -> Tensor:
-        """Compute one token of each sequence; logits for the next, (B, V)."""
-        n_rows = len(ids_B)
-        missing = -n_rows % self._row_multiple
-        if missing:
-            ids_B, positions_B = np.pad(ids_B, (0, missing)), np.pad(positions_B, (0, missing))
-            blocks_BN = np.pad(blocks_BN, ((0, missing), (0, 0)), constant_values=TRASH_BLOCK)
-        ids_BT, positions_BT = ids_B[:, None], positions_B[:, None]
-        slots_BT, context_BS = self._slots_at(positions_BT, blocks_BN), self._slots(blocks_BN)
+    def decode(
+        self, ids_BT: np.ndarray, positions_BT: np.ndarray, blocks_BN: np.ndarray, counts_B: np.ndarray | None = None
+    ) -> Computed:
+        """Compute the next tokens of each sequence, all asked for. Of row b the first counts_B[b] are tokens (None: all
+        T); the rest may hold anything. Slots of all tokens are in blocks_BN."""
+        counts_B = np.full(len(ids_BT), ids_BT.shape[1]) if counts_B is None else counts_B
+        is_token_BT = np.arange(ids_BT.shape[1]) < counts_B[:, None]
+        batch = self._laid_out(ids_BT, positions_BT, blocks_BN, is_token_BT)
+        if self._passes is not None:
+            return self._computed(self._in_passes(batch, self._passes)[: is_token_BT.sum(), 0])
+        return self._computed(_asked(self._hidden(batch), is_token_BT))
+
+    def look_ahead(
+        self,
+        module: int,
+        hidden_XD: Tensor,
+        ids_BT: np.ndarray,
+        positions_BT: np.ndarray,
+        blocks_BN: np.ndarray,
+        counts_B: np.ndarray,
+    ) -> Tensor:
+        """One MTP module on hidden states at these positions, each with the id that stands module + 1 places after it;
+        hidden states from which `logits` of the id after that one are made, (X, D). Rows as in `decode`."""
+        is_token_BT = np.arange(ids_BT.shape[1]) < counts_B[:, None]
+        batch = self._laid_out(ids_BT, positions_BT, blocks_BN, is_token_BT)
+        hidden_BTD = hidden_XD.new_zeros(*batch.ids_BT.shape, hidden_XD.shape[1])
+        if self._passes is not None:
+            hidden_BTD[: len(hidden_XD), 0] = hidden_XD
+            batch = batch._replace(hidden_BTD=hidden_BTD)
+            return self._in_passes(batch, self._passes, module)[: len(hidden_XD), 0]
+        hidden_BTD[: len(ids_BT)][torch.from_numpy(is_token_BT)] = hidden_XD
+        return _asked(self._mtp_hidden(module, batch._replace(hidden_BTD=hidden_BTD)), is_token_BT)
+
+    def logits(self, hidden_XD: Tensor) -> Tensor:
+        """(X, D) -> (X, V) in FP32."""
+        n_rows = len(hidden_XD)
+        padded_XD = F.pad(hidden_XD, (0, 0, 0, -n_rows % self._row_multiple))
         if self._passes is None:
-            hidden_BTD = self._hidden(ids_BT, positions_BT, slots_BT=slots_BT, context_BS=context_BS)
-        else:
-            hidden_BTD = self._in_passes(ids_BT, positions_BT, slots_BT, context_BS, self._passes)
-        return self._logits(hidden_BTD[:n_rows, 0])
+            return self.model.logits(padded_XD)[:n_rows]
+        return torch.cat([self.model.logits(some_XD) for some_XD in padded_XD.split(self._passes.most_tokens)])[:n_rows]
+
+    def _computed(self, hidden_XD: Tensor) -> Computed:
+        return Computed(self.logits(hidden_XD), hidden_XD)
+
+    def _ahead(self, ids_BT: np.ndarray, chunks: list[Chunk]) -> np.ndarray | None:
+        """What MTP modules read beside these ids, (B, T, A), 0 where nobody knows it yet."""
+        if not self._n_ahead:
+            return None
+        ids_BX = np.pad(ids_BT, ((0, 0), (0, self._n_ahead)))
+        for row, chunk in enumerate(chunks):
+            following = chunk.following[: self._n_ahead]
+            ids_BX[row, len(chunk.ids) : len(chunk.ids) + len(following)] = following
+        return np.stack([ids_BX[:, a : a + ids_BT.shape[1]] for a in range(1, self._n_ahead + 1)], axis=-1)
+
+    def _laid_out(
+        self, ids_BT: np.ndarray, positions_BT: np.ndarray, blocks_BN: np.ndarray, is_token_BT: np.ndarray
+    ) -> Batch:
+        """Side by side, filled up with rows of trash; in invariant mode every token is a row."""
+        if self._passes is not None and ids_BT.shape[1] > 1:
+            row_X = np.repeat(np.arange(len(ids_BT)), is_token_BT.sum(1))
+            ids_BT, positions_BT = ids_BT[is_token_BT][:, None], positions_BT[is_token_BT][:, None]
+            blocks_BN, is_token_BT = blocks_BN[row_X], np.ones_like(ids_BT, bool)
+        n_rows, n_tokens = ids_BT.shape
+        missing = -n_rows % (self._row_multiple // math.gcd(self._row_multiple, n_tokens))
+        if missing:
+            below = ((0, missing), (0, 0))
+            ids_BT, positions_BT, is_token_BT = (np.pad(x, below) for x in (ids_BT, positions_BT, is_token_BT))
+            blocks_BN = np.pad(blocks_BN, below, constant_values=TRASH_BLOCK)
+        if not is_token_BT.all():
+            ids_BT, positions_BT = np.where(is_token_BT, ids_BT, 0), np.where(is_token_BT, positions_BT, 0)
+        slots_BT = np.where(is_token_BT, self._slots_at(positions_BT, blocks_BN), 0)
+        return Batch(ids_BT, positions_BT, slots_BT, self._slots(blocks_BN))
 
     def _prefill_pieces(self, chunks: list[Chunk], passes: Passes) -> Tensor:
         """Hidden states of all tokens of these chunks, (N, D). Each chunk is cut into pieces, filled up with trash."""
-        pieces = [
-            Chunk(chunk.ids[start : start + passes.piece], chunk.start + start, chunk.blocks)
-            for chunk in chunks
-            for start in range(0, len(chunk.ids), passes.piece)
-        ]
+        pieces = []
+        for chunk in chunks:
+            ids = np.concatenate((chunk.ids, chunk.following[: self._n_ahead]))
+            for start in range(0, len(chunk.ids), passes.piece):
+                end = min(start + passes.piece, len(chunk.ids))
+                pieces.append(Chunk(ids[start:end], chunk.start + start, chunk.blocks, ids[end : end + self._n_ahead]))
         nothing = np.zeros(0, np.int64)
         pieces += [Chunk(nothing, 0, nothing)] * (-len(pieces) * passes.piece % ROW_MULTIPLE)
         lengths_B = np.array([len(piece.ids) for piece in pieces])
@@ -144,34 +234,23 @@ class Runner:
         positions_BT[is_token_BT] = np.concatenate([piece.start + np.arange(len(piece.ids)) for piece in pieces])
         blocks_BN = self._table([piece.blocks for piece in pieces])
         slots_BT = np.where(is_token_BT, self._slots_at(positions_BT, blocks_BN), 0)
-        hidden_BTD = self._in_passes(ids_BT, positions_BT, slots_BT, self._slots(blocks_BN), passes)
+        batch = Batch(ids_BT, positions_BT, slots_BT, self._slots(blocks_BN), self._ahead(ids_BT, pieces))
+        hidden_BTD = self._in_passes(batch, passes)
         return hidden_BTD[torch.from_numpy(is_token_BT)]
 
-    def _in_passes(
-        self,
-        ids_BT: np.ndarray,
-        positions_BT: np.ndarray,
-        slots_BT: np.ndarray,
-        context_BS: np.ndarray,
-        passes: Passes,
-    ) -> Tensor:
-        """Hidden states, (B, T, D), some rows at a time. A row may read what rows before it write."""
-        context_BS = np.pad(context_BS, ((0, 0), (0, -context_BS.shape[1] % KEY_TILE)))  # slot 0 is trash
-        unit = ROW_MULTIPLE if ids_BT.shape[1] == 1 else 1  # rows that make a multiple of 8 tokens
-        most = min(passes.most_tokens // ids_BT.shape[1], PASS_SLOTS // context_BS.shape[1])
+    def _in_passes(self, batch: Batch, passes: Passes, module: int | None = None) -> Tensor:
+        """Hidden states of the model or of one MTP module, (B, T, D), some rows at a time. A row may read what rows
+        before it write."""
+        n_rows, n_tokens = batch.ids_BT.shape
+        missing = -batch.context_BS.shape[1] % KEY_TILE
+        batch = batch._replace(context_BS=np.pad(batch.context_BS, ((0, 0), (0, missing))))  # slot 0 is trash
+        unit = ROW_MULTIPLE if n_tokens == 1 else 1  # rows that make a multiple of 8 tokens
+        most = min(passes.most_tokens // n_tokens, PASS_SLOTS // batch.context_BS.shape[1])
         most = max(most // unit * unit, unit)
-        hidden = [
-            self._hidden(ids_BT[some], positions_BT[some], slots_BT=slots_BT[some], context_BS=context_BS[some])
-            for some in (slice(start, start + most) for start in range(0, len(ids_BT), most))
-        ]
-        return torch.cat(hidden)
-
-    def _logits(self, hidden_BD: Tensor) -> Tensor:
-        n_rows = len(hidden_BD)
-        padded_BD = F.pad(hidden_BD, (0, 0, 0, -n_rows % self._row_multiple))
-        if self._passes is None:
-            return self.model.logits(padded_BD)[:n_rows]
-        return torch.cat([self.model.logits(x_BD) for x_BD in padded_BD.split(self._passes.most_tokens)])[:n_rows]
+        parts = [batch.rows(slice(start, start + most)) for start in range(0, n_rows, most)]
+        if module is not None:
+            return torch.cat([self._mtp_hidden(module, part) for part in parts])
+        return torch.cat([self._hidden(part) for part in parts])
 
     def _safe_passes(self, n_blocks: int) -> Passes:
         """The longest passes that give a token the bits of passes of 8 single ones, on a made-up sequence.
@@ -184,7 +263,7 @@ class Runner:
 
         def logits(passes: Passes) -> Tensor:
             self._passes = passes
-            return self._logits(self._prefill_pieces([made_up], passes))
+            return self.logits(self._prefill_pieces([made_up], passes))
 
         safe = Passes(piece=1, most_tokens=ROW_MULTIPLE)
         with torch.inference_mode():
@@ -197,19 +276,29 @@ class Runner:
         self.clear()
         return safe
 
-    def _hidden(
-        self, ids_BT: np.ndarray, positions_BT: np.ndarray, *, slots_BT: np.ndarray, context_BS: np.ndarray
-    ) -> Tensor:
-        slots = self._tensor(slots_BT)
-        view = CacheView(self._cache, slots, self._tensor(context_BS))
+    def _hidden(self, batch: Batch) -> Tensor:
+        slots = self._tensor(batch.slots_BT)
+        view = CacheView(self._cache, slots, self._tensor(batch.context_BS))
         routings: list[Routing] | None = None if self._experts is None else []
+        positions_BT = self._tensor(batch.positions_BT)
         hidden_BTD = self.model.hidden(
-            self._tensor(ids_BT), positions_BT=self._tensor(positions_BT), cache=view, routings=routings
+            self._tensor(batch.ids_BT), positions_BT=positions_BT, cache=view, routings=routings
         )
         if self._experts is not None and routings:
             chosen_NMK = torch.stack([routing.experts_NK for routing in routings], dim=1)
             self._experts.index_copy_(0, slots.flatten(), chosen_NMK.to(self._experts.dtype))
+        if batch.ahead_BTA is not None:
+            ahead_BTD = hidden_BTD
+            for module in range(self._n_ahead):
+                following = batch._replace(ids_BT=batch.ahead_BTA[..., module], hidden_BTD=ahead_BTD)
+                ahead_BTD = self._mtp_hidden(module, following)
         return hidden_BTD
+
+    def _mtp_hidden(self, module: int, batch: Batch) -> Tensor:
+        view = CacheView(self._cache, self._tensor(batch.slots_BT), self._tensor(batch.context_BS))
+        ids_BT = self._tensor(batch.ids_BT)
+        context = self.model.context(ids_BT, positions_BT=self._tensor(batch.positions_BT), cache=view)
+        return self.model.mtp[module](batch.hidden_BTD, self.model.embed(ids_BT), context, None)
 
     def copy_blocks(self, source: list[int], target: list[int]) -> None:
         """Give a forked sequence its own copy of a partly filled block, in every layer."""
@@ -247,3 +336,9 @@ class Runner:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def _asked(hidden_BTD: Tensor, is_token_BT: np.ndarray) -> Tensor:
+    """Those of tokens, (X, D), without the rows of trash behind them."""
+    hidden_BTD = hidden_BTD[: len(is_token_BT)]
+    return hidden_BTD.flatten(0, 1) if is_token_BT.all() else hidden_BTD[torch.from_numpy(is_token_BT)]

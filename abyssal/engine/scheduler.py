@@ -95,8 +95,9 @@ class Scheduler:
             blocks = self._claim(prefix, found, n_below) if prefix.blocks is None else prefix.blocks
             start = prefix.n_computed  # less than was thought where the tier could not keep its word
             if start < len(prefix.ids):
-                admission.prefills.append((prefix, Chunk(prefix.ids[start : start + n_chunk], start, blocks)))
-                prefix.n_computed, left = start + n_chunk, left - n_chunk
+                end = start + n_chunk
+                admission.prefills.append((prefix, Chunk(prefix.ids[start:end], start, blocks, prefix.ids[end:])))
+                prefix.n_computed, left = end, left - n_chunk
             if prefix.n_computed < len(prefix.ids):
                 break
             self._place(self.waiting.popleft(), prefix, admission)

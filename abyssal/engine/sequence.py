@@ -39,11 +39,13 @@ class Prefix:
 
 
 class Chunk(NamedTuple):
-    """Part of a prefix: `ids` stand at positions start, start + 1 .. of the sequence that holds `blocks`."""
+    """Part of a prefix: `ids` stand at positions start, start + 1 .. of the sequence that holds `blocks`. `following`
+    are the ids after them as far as they are known: MTP modules read one or more of them."""
 
     ids: np.ndarray
     start: int
     blocks: np.ndarray
+    following: np.ndarray = np.empty(0, np.int64)
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ from abyssal.model.config import ModelConfig
 from abyssal.model.linear import Linear, RMSNorm
 from abyssal.model.rope import rotate
 
+FEW_QUERIES = 8  # drafts that are verified come in such numbers
 LATENT_NORM_EPS = 1e-6  # as in the official code, whatever the config's rms_norm_eps
 
 
@@ -45,8 +46,8 @@ class MLA(nn.Module):
         entries_BTW = self.cache_entries(x_BTD, context)
         if context.cache is not None:
             entries_BTW = context.cache.update(self.layer, entries_BTW)
-        # one query token: absorbing costs H*N*C per query instead of H*(N+V)*C per key
-        absorb = context.cache is not None and (x_BTD.shape[1] == 1 or self.invariant)
+        # few query tokens: absorbing costs H*(N+V)*C per query instead of per key
+        absorb = context.cache is not None and (x_BTD.shape[1] <= FEW_QUERIES or self.invariant)
         form = self.absorbed if absorb else self.expanded
         core = core_dtype(x_BTD, invariant=self.invariant)
         out_BTHV = form(q_nope_BTHN.to(core), q_rope_BTHR.to(core), entries_BTW.to(core), context.mask_BTS)
