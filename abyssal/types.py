@@ -111,6 +111,39 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ThinkingLimits:
+    """How much an answer may think, in ids drawn between <think> and </think>.
+
+    `budget`: at most so many, exactly so many where thinking had to be cut; None is no limit. It ends with the ids of
+    `landing`, which count, then </think>; a budget that is too short for them has </think> alone. `at_least`: neither
+    </think> nor an end before so many. `stop_loops`: thinking that repeats itself is closed in the same way.
+    """
+
+    budget: int | None = None
+    at_least: int = 0
+    landing: tuple[int, ...] = ()
+    stop_loops: bool = True
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and self.budget < 0:
+            raise ValueError(f"budget={self.budget} is negative; use 0 for no thinking and None for no limit")
+        if self.at_least < 0:
+            raise ValueError(f"at_least={self.at_least} is negative; use 0 for thinking as short as the model likes")
+        if self.budget is not None and self.at_least > self.budget:
+            raise ValueError(f"at_least={self.at_least} tokens of thinking do not fit into budget={self.budget}")
+
+
+ClosedBy = Literal["model", "budget", "answer_now", "loop"]
+
+
+class ThinkingReport(NamedTuple):
+    """`n_tokens` ids were drawn as thinking. `closed_by` says who ended it; None where it never began or ended."""
+
+    n_tokens: int
+    closed_by: ClosedBy | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DrawnFrom:
     """The distribution an answer was drawn from, where that is not the model's own: softmax(logits / temperature) over
     the ids that top-k, top-p and min-p left.
@@ -135,7 +168,8 @@ class Completion:
     `finish_reason` is "stop". `experts` (n_computed, n_moe_layers, K) uint8 (int16 above 256 experts) are those chosen
     at each computed position (prompt, then all of `ids` but the last), or None for a dense model. `drawn_from` is None
     when the ids were drawn from the model's own distribution, or nobody asked the engine to tell. `error` says why
-    `finish_reason` is "error": the request's own fault or bad luck, never a neighbour's.
+    `finish_reason` is "error": the request's own fault or bad luck, never a neighbour's. `thinking` is None where the
+    engine knows no marks of it.
     """
 
     prompt_ids: list[int]
@@ -145,6 +179,7 @@ class Completion:
     experts: torch.Tensor | None = None
     drawn_from: DrawnFrom | None = None
     error: str | None = None
+    thinking: ThinkingReport | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

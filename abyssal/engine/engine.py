@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from abyssal.engine.blocks import BlockPool, blocks_for, namespace_key
-from abyssal.engine.control import Control, Steering, steer
+from abyssal.engine.control import Control, Controls, Steering, steer
 from abyssal.engine.runner import Runner
 from abyssal.engine.sampler import Sampling, derive_seed, kept_ids, sample, sampled_logps, sampling
 from abyssal.engine.scheduler import PrefixStats, Scheduler
 from abyssal.engine.sequence import Rows, Sequence
+from abyssal.engine.thinking import AnswerNow, ThinkingControl, needed, thought
+from abyssal.engine.vocabulary import Vocabulary
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
-from abyssal.types import Completion, FinishReason, SamplingParams
+from abyssal.types import Completion, FinishReason, SamplingParams, ThinkingLimits, ThinkingReport
 
 DEFAULT_CACHE_BYTES = 2 << 30  # what the cache may take when nobody says how many blocks it has
 PREFILL_TOKENS = 8192  # padded prompt tokens of one step, so that a burst of prompts fits in memory
@@ -48,6 +50,7 @@ class Engine:
     (`prefix_stats`).
     `invariant`: a request's tokens and log-probs are the same bits alone or among others, with the cache cold or warm,
     in chunks or whole, preempted or not (see `runner.py`); slower.
+    `vocabulary`: for requests that limit their thinking; completions then tell how long they thought.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Engine:
         prefill_chunk: int | None = None,
         prefix_cache: bool = False,
         invariant: bool = False,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         config = model.config
         for name, value in (
@@ -84,7 +88,7 @@ class Engine:
         self._vocab_size = config.vocab_size if vocab_size is None else min(vocab_size, config.vocab_size)
         if self._vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size} leaves no id to draw; give the tokenizer's")
-        self._record_sampling = record_sampling
+        self._record_sampling, self._vocabulary = record_sampling, vocabulary
         self._is_eos_V = np.zeros(config.vocab_size, dtype=bool)
         for eos_id in eos_ids:
             _check_ids([eos_id], self._vocab_size, what="eos_ids")
@@ -125,14 +129,16 @@ class Engine:
         params: SamplingParams,
         *,
         control: Control | None = None,
+        thinking: ThinkingLimits | None = None,
         namespace: str = "",
     ) -> int:
         """Queue a request; its answer comes out of a later `step`. An answer is cut where the context ends.
 
-        `control` steers the draws of this request, and of no other. What the cache holds for one `namespace` (a user, a
-        key) is invisible to all others, in time as well.
+        `control` steers the draws of this request, and of no other; beside `thinking`, only those of the answer behind
+        the thinking. What the cache holds for one `namespace` (a user, a key) is invisible to all others, in time as
+        well.
         """
-        if control is not None and self._record_sampling:
+        if self._record_sampling and (control is not None or thinking is not None):
             raise ValueError("an engine with record_sampling=True tells what ids were drawn from; it takes no control")
         scheduler, ids = self._scheduler, [int(i) for i in prompt_ids]
         if not ids:
@@ -151,8 +157,10 @@ class Engine:
                 f"blocks of {scheduler.block_size}; there are {scheduler.pool.n_usable}; lower "
                 f"max_tokens or give the engine n_blocks={need + 1} or more"
             )
+        sequence = Sequence(self._next_id, ids, params, limit, control, root=namespace_key(namespace))
+        if thinking is not None:
+            self._limit_thinking(sequence, thinking)
         request_id, self._next_id = self._next_id, self._next_id + 1
-        sequence = Sequence(request_id, ids, params, limit, control, root=namespace_key(namespace))
         self._sequences[request_id] = sequence
         scheduler.add(sequence)
         return request_id
@@ -234,17 +242,21 @@ class Engine:
         """Tell the controls at these places what their rows have drawn; returns what went wrong, by place."""
         errors: dict[int, str] = {}
         for i in controlled_C.tolist():
-            row = int(rows_B[i])
-            sequence = self._rows.sequence_in(row)
-            untold = slice(len(sequence.prompt_ids) + sequence.n_told, int(self._rows.length_R[row]))
+            sequence = self._rows.sequence_in(int(rows_B[i]))
             try:
-                for token in self._rows.ids_RT[row, untold].tolist():
-                    sequence.n_told += 1
-                    if sequence.control is not None:
-                        sequence.control.drawn(token)
+                self._catch_up(sequence)
+                if sequence.thinking is not None and sequence.control is sequence.thinking:
+                    # the answer is not its business: from there on the row costs what an ordinary one does
+                    self._rows.controlled_R[rows_B[i]] = not sequence.thinking.is_closed
             except Exception as error:  # whatever it is, it is this request's alone
                 errors[i] = f"{type(error).__name__}: {error}"
         return errors
+
+    def _catch_up(self, sequence: Sequence) -> None:
+        for token in self._drawn(sequence, since=sequence.n_told):
+            sequence.n_told += 1
+            if sequence.control is not None:
+                sequence.control.drawn(token)
 
     def _without(self, errors: dict[int, str], rows_B: np.ndarray, logits_BV: Tensor) -> list[Finished]:
         """End the rows of these places with their errors, and draw for the others."""
@@ -299,6 +311,7 @@ class Engine:
                 experts=experts,
                 drawn_from=sequence.drawn_from() if self._record_sampling else None,
                 error=error,
+                thinking=self._thought(sequence),
             ),
         )
 
@@ -312,11 +325,52 @@ class Engine:
         sequence = self._sequences.get(request_id)
         if sequence is None:
             raise ValueError(f"request {request_id} has ended or never was; its ids came with its completion")
-        if sequence.row is None:  # waiting, perhaps with what it had drawn before it was preempted
-            return sequence.ids.tolist()
-        return self._rows.drawn(sequence).tolist()
+        return self._drawn(sequence)
 
-    def generate(self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams]) -> list[Completion]:
+    def _drawn(self, sequence: Sequence, *, since: int = 0) -> list[int]:
+        if sequence.row is None:  # waiting, perhaps with what it had drawn before it was preempted
+            return sequence.ids[since:].tolist()
+        return self._rows.drawn(sequence, since=since).tolist()
+
+    def answer_now(self, request_id: int) -> AnswerNow:
+        """Have a request close its thinking: the next ids it draws are its landing and </think>.
+
+        "closing": so it does, or will if it begins to think at all; "answering": its answer has begun; "ended": all of
+        it is there, or it was never asked for.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return "ended"
+        if sequence.thinking is None:
+            self._limit_thinking(sequence, ThinkingLimits(stop_loops=False))
+        self._catch_up(sequence)
+        assert sequence.thinking is not None
+        return sequence.thinking.answer_now()
+
+    def _limit_thinking(self, sequence: Sequence, limits: ThinkingLimits) -> None:
+        """Before its first draw or between two of them."""
+        thinking = ThinkingControl(limits, needed(self._vocabulary), sequence.prompt_ids)
+        for token in self._drawn(sequence)[: sequence.n_told]:
+            thinking.drawn(token)
+        sequence.thinking = thinking
+        sequence.control = thinking if sequence.control is None else Controls(thinking, sequence.control)
+        if sequence.row is not None:
+            self._rows.controlled_R[sequence.row] = True
+
+    def _thought(self, sequence: Sequence) -> ThinkingReport | None:
+        if sequence.thinking is not None:
+            return sequence.thinking.report
+        if self._vocabulary is None:
+            return None
+        return thought(sequence.prompt_ids, sequence.ids.tolist(), self._vocabulary)
+
+    def generate(
+        self,
+        prompts: Seq[Seq[int]],
+        params: SamplingParams | Seq[SamplingParams],
+        *,
+        thinking: ThinkingLimits | None = None,
+    ) -> list[Completion]:
         """Answers in the order of the prompts; equal prompts are computed once.
 
         One `params` for all: request i draws with a seed derived from (params.seed, i), so repeated prompts get
@@ -331,7 +385,7 @@ class Engine:
         others: list[Finished] = []
         try:
             for prompt, own in zip(prompts, params, strict=True):
-                order.append(self.add(prompt, own))
+                order.append(self.add(prompt, own, thinking=thinking))
             pending = set(order)
             while pending:
                 for finished in self.step():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from abyssal.engine.control import Control
 from abyssal.engine.sampler import COLDEST, noise_key
+from abyssal.engine.thinking import ThinkingControl
 from abyssal.types import DrawnFrom, SamplingParams
 
 
@@ -61,6 +62,7 @@ class Sequence:
     limit: int
     control: Control | None = None
     n_told: int = 0  # drawn ids that the control has heard of
+    thinking: ThinkingControl | None = None  # the control, or the first part of it
     root: bytes = b""
     prefix: Prefix | None = None
     row: int | None = None
@@ -140,9 +142,10 @@ class Rows:
         self._free.append(row)
         return blocks
 
-    def drawn(self, sequence: Sequence) -> np.ndarray:
-        """The ids a running sequence has drawn so far."""
-        return self.ids_RT[self._drawn(sequence)].copy()
+    def drawn(self, sequence: Sequence, *, since: int = 0) -> np.ndarray:
+        """The ids a running sequence has drawn so far, or those behind the first `since`."""
+        row, drawn = self._drawn(sequence)
+        return self.ids_RT[row, drawn.start + since : drawn.stop].copy()
 
     def _drawn(self, sequence: Sequence) -> tuple[int, slice]:
         row = sequence.row
