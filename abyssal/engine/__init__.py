@@ -3,6 +3,6 @@
 Owns requests, cache blocks and the order in which they are served. Knows no text, no rewards and no server.
 """
 
-from abyssal.engine.engine import Engine, Finished
+from abyssal.engine.engine import Engine, Finished, QueueFull
 
-__all__ = ["Engine", "Finished"]
+__all__ = ["Engine", "Finished", "QueueFull"]

@@ -38,6 +38,10 @@ class Finished(NamedTuple):
     completion: Completion
 
 
+class QueueFull(ValueError):
+    """Nothing is wrong with the request but its moment."""
+
+
 class Engine:
     """`n_blocks` None: enough for max_batch sequences of full length, or what DEFAULT_CACHE_BYTES hold if that is less.
 
@@ -46,6 +50,8 @@ class Engine:
     not exist. `record_sampling` tells of each completion what it was drawn from, where that is not the model's own
     distribution.
     `prefill_chunk`: at most so many prompt tokens a step, so that a long prompt does not make running answers wait.
+    `step_tokens`: at most so many tokens a step computes in all: of answers, prompts and drafts.
+    `max_waiting`: so many requests may wait for their turn; `add` refuses more with `QueueFull`.
     `prefix_cache`: what earlier requests of a namespace left in the cache is used again where prompts begin alike
     (`prefix_stats`).
     `invariant`: a request's tokens and log-probs are the same bits alone or among others, with the cache cold or warm,
@@ -59,13 +65,15 @@ class Engine:
         *,
         eos_ids: Iterable[int],
         n_blocks: int | None = None,
-        block_size: int = 16,
+        block_size: int = 64,
         max_batch: int = 256,
         record_experts: bool = True,
         record_sampling: bool = False,
         vocab_size: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
         prefill_chunk: int | None = None,
+        step_tokens: int | None = None,
+        max_waiting: int | None = None,
         prefix_cache: bool = False,
         invariant: bool = False,
         vocabulary: Vocabulary | None = None,
@@ -76,9 +84,15 @@ class Engine:
             ("max_batch", max_batch),
             ("prefill_tokens", prefill_tokens),
             ("prefill_chunk", prefill_chunk),
+            ("max_waiting", max_waiting),
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if step_tokens is not None and step_tokens <= max_batch:
+            raise ValueError(
+                f"step_tokens={step_tokens} leaves no token for prompts beside max_batch={max_batch} answers; "
+                f"use {max_batch + 1} or more"
+            )
         self.max_length = config.max_position_embeddings
         max_blocks = blocks_for(self.max_length, block_size)
         if n_blocks is None:
@@ -103,11 +117,13 @@ class Engine:
             block_size=block_size,
             prefill_tokens=prefill_tokens,
             prefill_chunk=prefill_chunk,
+            step_tokens=step_tokens,
             prefix_cache=prefix_cache,
         )
         self._sequences: dict[int, Sequence] = {}
         self._unclaimed: list[Finished] = []  # finished while `generate` was stepping for others
         self._next_id = 0
+        self._max_waiting = max_waiting
         self._how: tuple[int, Sampling] | None = None
 
     @property
@@ -131,12 +147,13 @@ class Engine:
         control: Control | None = None,
         thinking: ThinkingLimits | None = None,
         namespace: str = "",
+        priority: int = 0,
     ) -> int:
         """Queue a request; its answer comes out of a later `step`. An answer is cut where the context ends.
 
         `control` steers the draws of this request, and of no other; beside `thinking`, only those of the answer behind
         the thinking. What the cache holds for one `namespace` (a user, a key) is invisible to all others, in time as
-        well.
+        well. A higher `priority` goes first; within one, namespaces get equal shares (`fair_queue.py`).
         """
         if self._record_sampling and (control is not None or thinking is not None):
             raise ValueError("an engine with record_sampling=True tells what ids were drawn from; it takes no control")
@@ -157,7 +174,13 @@ class Engine:
                 f"blocks of {scheduler.block_size}; there are {scheduler.pool.n_usable}; lower "
                 f"max_tokens or give the engine n_blocks={need + 1} or more"
             )
-        sequence = Sequence(self._next_id, ids, params, limit, control, root=namespace_key(namespace))
+        if self._max_waiting is not None and len(scheduler.waiting) >= self._max_waiting:
+            raise QueueFull(
+                f"{len(scheduler.waiting)} requests wait already, and max_waiting={self._max_waiting}; "
+                "ask again when some have ended"
+            )
+        root = namespace_key(namespace)
+        sequence = Sequence(self._next_id, ids, params, limit, control, root=root, priority=priority)
         if thinking is not None:
             self._limit_thinking(sequence, thinking)
         request_id, self._next_id = self._next_id, self._next_id + 1
@@ -316,7 +339,11 @@ class Engine:
         )
 
     def abort(self, request_id: int) -> Completion | None:
-        """Stop a request and free its blocks; returns what it had drawn, or None when it had already ended."""
+        """Stop a request and free its blocks at once; returns what it had drawn, or None when it had already ended.
+
+        Safe at any moment between two steps, whatever the request is at. Like all of the engine it belongs to the
+        thread that steps: another one hands it the id and lets it call.
+        """
         sequence = self._sequences.get(request_id)
         return None if sequence is None else self._finish(sequence, "aborted").completion
 

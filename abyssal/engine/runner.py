@@ -35,6 +35,7 @@ from abyssal.model.transformer import Transformer
 # 2.13 on an AVX-512 machine with 1 to 8 threads. (1 to 3 rows take other paths, and so do 5 to 11 when threads split
 # them.) FP32 experts still differ in the last bits when one gets few rows; BF16 has none of this.
 ROW_MULTIPLE_FP32_CPU = 4
+PAD_MULTIPLE = 16  # prompts of one pass are filled up to it
 ROW_MULTIPLE = 8  # in invariant mode: FP64 products, which attention uses under FP32, need it too
 PIECE = 16  # prompt tokens of a row in invariant mode: they share what is gathered from the cache
 MOST_TOKENS = 128  # of a pass in invariant mode
@@ -131,7 +132,7 @@ class Runner:
             hidden_ND = self._prefill_pieces(chunks, self._passes)
             return self._computed(hidden_ND[torch.from_numpy(lengths_B.cumsum() - 1)])
         starts_B = np.array([chunk.start for chunk in chunks])
-        positions_BT = starts_B[:, None] + np.arange(blocks_for(lengths_B.max(), self.block_size) * self.block_size)
+        positions_BT = starts_B[:, None] + np.arange(-(-lengths_B.max() // PAD_MULTIPLE) * PAD_MULTIPLE)
         ids_BT = np.zeros_like(positions_BT)
         for row, chunk in enumerate(chunks):
             ids_BT[row, : len(chunk.ids)] = chunk.ids

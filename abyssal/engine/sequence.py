@@ -32,11 +32,16 @@ class Prefix:
 
     ids: np.ndarray
     key: bytes | None = None
-    n_waiting: int = 0
+    waiting: list[Sequence] = field(default_factory=list)
     blocks: np.ndarray | None = None
     n_computed: int = 0
     logits_V: Tensor | None = None
     block_keys: list[bytes] = field(default_factory=list)
+
+    @property
+    def is_partial(self) -> bool:
+        """Has blocks, and something to compute into them."""
+        return self.blocks is not None and self.n_computed < len(self.ids)
 
 
 class Chunk(NamedTuple):
@@ -53,7 +58,8 @@ class Chunk(NamedTuple):
 class Sequence:
     """`limit` is the number of ids, prompt included, at which it is cut. `prefix` is None while it runs.
 
-    `root` is its namespace's key: what it computes is found by sequences with the same one only.
+    `root` is its namespace's key: what it computes is found by sequences with the same one only. Sequences of a higher
+    `priority` go first, and `is_aged` ones before all. `n_charged` ids have been counted as served to its namespace.
     """
 
     request_id: int
@@ -64,6 +70,9 @@ class Sequence:
     n_told: int = 0  # drawn ids that the control has heard of
     thinking: ThinkingControl | None = None  # the control, or the first part of it
     root: bytes = b""
+    priority: int = 0
+    is_aged: bool = False
+    n_charged: int = 0
     prefix: Prefix | None = None
     row: int | None = None
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # drawn before the last preemption
