@@ -6,6 +6,8 @@ experts, L layers, P problems, G answers per problem, A answers in all (P x G).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -72,12 +74,23 @@ class Score(NamedTuple):
     error: str | None = None
 
 
+MAX_STOPS, MAX_STOP_BYTES = 16, 512
+MAX_TOP_LOGPROBS = 20
+MAX_BIASES, MAX_BIAS = 1024, 100.0
+MAX_REPETITION = 100.0
+MAX_PENALTY = 2.0  # of presence and frequency, as OpenAI bounds them
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to draw tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
     The noise of a token is a function of (seed, its position in the sequence) alone, so a sample does not depend on
     what else is in the batch.
+    What comes first: `repetition_penalty` on all ids of prompt and answer (1 is off), `presence_penalty` and
+    `frequency_penalty` on those of the answer, `logit_bias` by id; then masks, temperature, top-k, top-p, min-p.
+    `stop` ends an answer at the first of these strings that it spells, thinking left out.
+    `top_logprobs`: so many of the likeliest ids at each place are told, with their log-probs.
     """
 
     temperature: float = 1.0
@@ -86,18 +99,68 @@ class SamplingParams:
     min_p: float = 0.0
     max_tokens: int = 256
     seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    stop: tuple[str, ...] = ()
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} is negative; use 0 for greedy")
+        for name in ("top_k", "max_tokens", "seed", "top_logprobs"):
+            if not _is_int(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a whole number")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} is no number from 0 up; use 0 for greedy")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} is outside (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} is outside [0, 1]")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} is negative; use 0 to switch it off")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k={self.top_k} is outside 0..2147483647; use 0 to switch it off")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} leaves nothing to generate")
+        if not 1 / MAX_REPETITION <= self.repetition_penalty <= MAX_REPETITION:
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty} is outside "
+                f"[{1 / MAX_REPETITION:g}, {MAX_REPETITION:g}]; use 1 for none"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -MAX_PENALTY <= getattr(self, name) <= MAX_PENALTY:
+                raise ValueError(f"{name}={getattr(self, name)} is outside [-{MAX_PENALTY:g}, {MAX_PENALTY:g}]")
+        if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise ValueError(f"top_logprobs={self.top_logprobs} is outside 0..{MAX_TOP_LOGPROBS}")
+        self._check_bias()
+        self._check_stop()
+
+    def _check_bias(self) -> None:
+        if len(self.logit_bias) > MAX_BIASES:
+            raise ValueError(f"logit_bias has {len(self.logit_bias)} ids; give at most {MAX_BIASES}")
+        for i, value in self.logit_bias.items():
+            if not _is_int(i) or i < 0:
+                raise ValueError(f"logit_bias names {i!r}, which is no id of a token")
+            if not -MAX_BIAS <= value <= MAX_BIAS:
+                raise ValueError(f"logit_bias of id {i} is {value}, outside [-{MAX_BIAS:g}, {MAX_BIAS:g}]")
+
+    def _check_stop(self) -> None:
+        if not isinstance(self.stop, tuple):
+            raise ValueError(f"stop={self.stop!r} is no tuple of strings; one string is (text,)")
+        if len(self.stop) > MAX_STOPS:
+            raise ValueError(f"stop has {len(self.stop)} strings; give at most {MAX_STOPS}")
+        for text in self.stop:
+            n_bytes = len(text.encode())
+            if not 1 <= n_bytes <= MAX_STOP_BYTES:
+                raise ValueError(f"a stop string of {n_bytes} bytes; give 1 to {MAX_STOP_BYTES}")
+
+    @property
+    def penalises(self) -> bool:
+        """Some ids are drawn less often, or more, for having been there."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def reshapes(self) -> bool:
+        """Draws from other logits than the model's."""
+        return self.penalises or bool(self.logit_bias)
 
     @property
     def cuts(self) -> bool:
@@ -107,7 +170,7 @@ class SamplingParams:
     @property
     def is_plain(self) -> bool:
         """Draws from the model's own distribution."""
-        return self.temperature == 1 and not self.cuts
+        return self.temperature == 1 and not self.cuts and not self.reshapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +232,9 @@ class Completion:
     at each computed position (prompt, then all of `ids` but the last), or None for a dense model. `drawn_from` is None
     when the ids were drawn from the model's own distribution, or nobody asked the engine to tell. `error` says why
     `finish_reason` is "error": the request's own fault or bad luck, never a neighbour's. `thinking` is None where the
-    engine knows no marks of it.
+    engine knows no marks of it. `stop` is the stop string that ended it: `ids` are all that were drawn, those that
+    spell it too, and a token may hold more than its last letter. `top_logprobs` has an entry for each of `ids`, the
+    likeliest first: {id: log-prob} of the model's own distribution.
     """
 
     prompt_ids: list[int]
@@ -180,6 +245,8 @@ class Completion:
     drawn_from: DrawnFrom | None = None
     error: str | None = None
     thinking: ThinkingReport | None = None
+    stop: str | None = None
+    top_logprobs: list[dict[int, float]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,3 +256,7 @@ class Rollout:
     problem: Problem
     completion: Completion
     message: Message
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -121,7 +121,7 @@ def test_a_step_cut_short_leaves_no_draw_untold():
     script = Script()
     request = engine.add(PROMPTS[0], EACH[0], control=script)
     engine.step()
-    tell, asked = engine._tell, []
+    tell, asked = engine._drawing._tell, []
 
     def interrupted(*args):
         asked.append(args)
@@ -129,11 +129,11 @@ def test_a_step_cut_short_leaves_no_draw_untold():
             raise KeyboardInterrupt
         return tell(*args)
 
-    engine._tell = interrupted
+    engine._drawing._tell = interrupted
     with pytest.raises(KeyboardInterrupt):
         engine.step()
     assert len(engine.drawn(request)) == len(script.heard) + 1
-    engine._tell = tell
+    engine._drawing._tell = tell
     done = {}
     while engine.n_unfinished:
         done |= dict(engine.step())

@@ -271,7 +271,8 @@ def test_thinking_is_no_burden_once_it_is_over():
     engine = Engine(thinker(), eos_ids=[EOS], vocabulary=WORDS)
     request = engine.add([4, USER], SamplingParams(max_tokens=30), thinking=limits(4))
     steered = []
-    steer, engine._steer = engine._steer, lambda *rows: steered.append(1) or steer(*rows)
+    drawing, steer = engine._drawing, engine._drawing._steer
+    drawing._steer = lambda *rows: steered.append(1) or steer(*rows)
     while engine.n_unfinished:
         engine.step()
     assert len(steered) == 1 + 4 + 1 and request == 0

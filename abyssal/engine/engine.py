@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 from abyssal.engine.blocks import BlockPool, blocks_for, namespace_key
-from abyssal.engine.control import Control, Controls, Steering, steer
+from abyssal.engine.control import Control, Controls
+from abyssal.engine.drawing import Drawing, Ending
 from abyssal.engine.runner import Runner
-from abyssal.engine.sampler import Sampling, derive_seed, kept_ids, sample, sampled_logps, sampling
+from abyssal.engine.sampler import derive_seed
 from abyssal.engine.scheduler import PrefixStats, Scheduler
 from abyssal.engine.sequence import Rows, Sequence
-from abyssal.engine.thinking import AnswerNow, ThinkingControl, needed, thought
+from abyssal.engine.stop_strings import StopSearch
+from abyssal.engine.thinking import AnswerNow, ThinkingControl, needed, phase_behind, thought
 from abyssal.engine.vocabulary import Vocabulary
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
-from abyssal.types import Completion, FinishReason, SamplingParams, ThinkingLimits, ThinkingReport
+from abyssal.types import Completion, SamplingParams, ThinkingLimits, ThinkingReport
 
 DEFAULT_CACHE_BYTES = 2 << 30  # what the cache may take when nobody says how many blocks it has
 PREFILL_TOKENS = 8192  # padded prompt tokens of one step, so that a burst of prompts fits in memory
@@ -56,7 +58,8 @@ class Engine:
     (`prefix_stats`).
     `invariant`: a request's tokens and log-probs are the same bits alone or among others, with the cache cold or warm,
     in chunks or whole, preempted or not (see `runner.py`); slower.
-    `vocabulary`: for requests that limit their thinking; completions then tell how long they thought.
+    `vocabulary`: for requests that limit their thinking or have stop strings; completions then tell how long they
+    thought.
     """
 
     def __init__(
@@ -99,6 +102,8 @@ class Engine:
             n_blocks = _default_blocks(
                 config, model.dtype, block_size=block_size, wanted=max_batch * max_blocks, at_least=max_blocks
             )
+        if vocab_size is None and vocabulary is not None:
+            vocab_size = len(vocabulary.bytes_of)
         self._vocab_size = config.vocab_size if vocab_size is None else min(vocab_size, config.vocab_size)
         if self._vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size} leaves no id to draw; give the tokenizer's")
@@ -124,7 +129,12 @@ class Engine:
         self._unclaimed: list[Finished] = []  # finished while `generate` was stepping for others
         self._next_id = 0
         self._max_waiting = max_waiting
-        self._how: tuple[int, Sampling] | None = None
+        self._drawing = Drawing(
+            self._rows,
+            vocab_size=self._vocab_size,
+            is_eos_V=self._is_eos_V,
+            record_sampling=record_sampling,
+        )
 
     @property
     def n_free_blocks(self) -> int:
@@ -166,6 +176,7 @@ class Engine:
                 f"{self.max_length}; shorten it to at most {self.max_length - 1}"
             )
         _check_ids(ids, self._runner.config.vocab_size, what="the prompt")
+        self._check_params(params)
         limit = min(len(ids) + params.max_tokens, self.max_length)
         need = blocks_for(limit - 1, scheduler.block_size)  # the last token drawn is never computed
         if need > scheduler.pool.n_usable:
@@ -184,9 +195,23 @@ class Engine:
         if thinking is not None:
             self._limit_thinking(sequence, thinking)
         request_id, self._next_id = self._next_id, self._next_id + 1
+        if params.stop and self._vocabulary is not None:
+            in_thought = phase_behind(ids, self._vocabulary) == "open"
+            sequence.search = StopSearch(params.stop, self._vocabulary, in_thought=in_thought)
         self._sequences[request_id] = sequence
         scheduler.add(sequence)
         return request_id
+
+    def _check_params(self, params: SamplingParams) -> None:
+        if params.stop and self._vocabulary is None:
+            raise ValueError("stop strings need an engine that knows text; give it vocabulary=Vocabulary.of(tokenizer)")
+        if params.logit_bias:
+            _check_ids(list(params.logit_bias), self._vocab_size, what="logit_bias")
+        if params.reshapes and self._record_sampling:
+            raise ValueError(
+                "an engine with record_sampling=True draws from the model's logits as they are; leave penalties and "
+                "logit_bias out"
+            )
 
     @torch.inference_mode()
     def step(self) -> list[Finished]:
@@ -225,99 +250,13 @@ class Engine:
 
     def _draw(self, rows_B: np.ndarray, logits_BV: Tensor) -> list[Finished]:
         """Append one token to each of these rows."""
-        rows, device = self._rows, logits_BV.device
-        positions_B = rows.length_R[rows_B]
-        controlled_C = rows.controlled_R[rows_B].nonzero()[0]
-        steering = self._steer(rows_B, controlled_C) if len(controlled_C) else None
-        if steering is not None and steering.errors:
-            return self._without(steering.errors, rows_B, logits_BV)
-        how = self._sampling(rows_B, device)
-        drawn = sample(logits_BV[:, : self._vocab_size], torch.from_numpy(positions_B).to(device), how, steering)
-        ids_B, logps_B = drawn.ids_B.cpu().numpy(), drawn.logps_B.cpu().numpy()
-        if not np.isfinite(logps_B).all():
+        step = self._drawing.draw(rows_B, logits_BV, version=self._scheduler.version)
+        if step.not_finite:
             self._give_up()
             raise FloatingPointError("the model's logits are not finite; all requests were dropped; load other weights")
-        rows.ids_RT[rows_B, positions_B] = ids_B
-        rows.logps_RT[rows_B, positions_B] = logps_B
-        rows.length_R[rows_B] = positions_B + 1
-        if self._record_sampling and drawn.probs_BV is not None and (how.any_scaled or how.any_filter):
-            self._note_sampling(rows_B, drawn.probs_BV, drawn.ids_B, any_filter=how.any_filter)
-        errors = self._tell(rows_B, controlled_C)
-        is_eos_B = self._is_eos_V[ids_B]
-        is_done_B = is_eos_B | (positions_B + 1 >= rows.limit_R[rows_B])
-        is_done_B[list(errors)] = True
-        return [
-            self._finish(rows.sequence_in(int(rows_B[i])), "stop" if is_eos_B[i] else "length", error=errors.get(i))
-            for i in is_done_B.nonzero()[0].tolist()
-        ]
+        return [self._finish(sequence, ending) for sequence, ending in step.ended]
 
-    def _steer(self, rows_B: np.ndarray, controlled_C: np.ndarray) -> Steering:
-        errors = self._tell(rows_B, controlled_C)  # a step that was cut short may have drawn without telling
-        controls: list[tuple[int, Control]] = []
-        for i in controlled_C.tolist():
-            control = self._rows.sequence_in(int(rows_B[i])).control
-            if control is not None and i not in errors:
-                controls.append((i, control))
-        steering = steer(controls, n_vocab=self._vocab_size)
-        return steering._replace(errors=errors | steering.errors)
-
-    def _tell(self, rows_B: np.ndarray, controlled_C: np.ndarray) -> dict[int, str]:
-        """Tell the controls at these places what their rows have drawn; returns what went wrong, by place."""
-        errors: dict[int, str] = {}
-        for i in controlled_C.tolist():
-            sequence = self._rows.sequence_in(int(rows_B[i]))
-            try:
-                self._catch_up(sequence)
-                if sequence.thinking is not None and sequence.control is sequence.thinking:
-                    # the answer is not its business: from there on the row costs what an ordinary one does
-                    self._rows.controlled_R[rows_B[i]] = not sequence.thinking.is_closed
-            except Exception as error:  # whatever it is, it is this request's alone
-                errors[i] = f"{type(error).__name__}: {error}"
-        return errors
-
-    def _catch_up(self, sequence: Sequence) -> None:
-        for token in self._drawn(sequence, since=sequence.n_told):
-            sequence.n_told += 1
-            if sequence.control is not None:
-                sequence.control.drawn(token)
-
-    def _without(self, errors: dict[int, str], rows_B: np.ndarray, logits_BV: Tensor) -> list[Finished]:
-        """End the rows of these places with their errors, and draw for the others."""
-        finished = [
-            self._finish(self._rows.sequence_in(int(rows_B[i])), "error", error=error) for i, error in errors.items()
-        ]
-        kept_B = np.delete(np.arange(len(rows_B)), list(errors))
-        return finished + (self._draw(rows_B[kept_B], logits_BV[kept_B]) if len(kept_B) else [])
-
-    def _note_sampling(self, rows_B: np.ndarray, probs_BV: Tensor, ids_B: Tensor, *, any_filter: bool) -> None:
-        """Write down what each id was drawn from, where that is not the model's own distribution."""
-        sequences = [self._rows.sequence_in(row) for row in rows_B.tolist()]
-        for sequence, logp in zip(sequences, sampled_logps(probs_BV, ids_B).tolist(), strict=True):
-            if not sequence.params.is_plain:
-                sequence.sampled_logps.append(logp)
-        if any_filter:
-            for sequence, ids in zip(sequences, kept_ids(probs_BV), strict=True):
-                if sequence.params.cuts:
-                    sequence.kept.append(ids)
-
-    def _sampling(self, rows_B: np.ndarray, device: torch.device) -> Sampling:
-        """How these rows draw. Kept while the whole batch runs on unchanged."""
-        rows, version = self._rows, self._scheduler.version
-        if self._how is not None and self._how[0] == version and len(rows_B) == len(self._how[1].key_B):
-            return self._how[1]
-        columns: dict[str, np.ndarray] = {
-            "key_B": rows.key_R,
-            "temperature_B": rows.temperature_R,
-            "top_p_B": rows.top_p_R,
-            "top_k_B": rows.top_k_R,
-            "min_p_B": rows.min_p_R,
-        }
-        how = sampling(**{name: torch.from_numpy(column[rows_B]) for name, column in columns.items()}, device=device)
-        if len(rows_B) == len(rows.active):
-            self._how = version, how
-        return how
-
-    def _finish(self, sequence: Sequence, reason: FinishReason, *, error: str | None = None) -> Finished:
+    def _finish(self, sequence: Sequence, ending: Ending) -> Finished:
         experts = None
         if sequence.row is not None:
             n_computed = int(self._rows.length_R[sequence.row]) - 1
@@ -330,11 +269,13 @@ class Engine:
                 prompt_ids=sequence.prompt_ids,
                 ids=sequence.ids.tolist(),
                 logps=sequence.logps.tolist(),
-                finish_reason=reason if error is None else "error",
+                finish_reason=ending.reason,
                 experts=experts,
                 drawn_from=sequence.drawn_from() if self._record_sampling else None,
-                error=error,
+                error=ending.error,
                 thinking=self._thought(sequence),
+                stop=ending.stop,
+                top_logprobs=sequence.likeliest if sequence.params.top_logprobs else None,
             ),
         )
 
@@ -345,19 +286,14 @@ class Engine:
         thread that steps: another one hands it the id and lets it call.
         """
         sequence = self._sequences.get(request_id)
-        return None if sequence is None else self._finish(sequence, "aborted").completion
+        return None if sequence is None else self._finish(sequence, Ending("aborted")).completion
 
     def drawn(self, request_id: int) -> list[int]:
         """The ids drawn so far for a request that has not ended; none while it waits for its first turn."""
         sequence = self._sequences.get(request_id)
         if sequence is None:
             raise ValueError(f"request {request_id} has ended or never was; its ids came with its completion")
-        return self._drawn(sequence)
-
-    def _drawn(self, sequence: Sequence, *, since: int = 0) -> list[int]:
-        if sequence.row is None:  # waiting, perhaps with what it had drawn before it was preempted
-            return sequence.ids[since:].tolist()
-        return self._rows.drawn(sequence, since=since).tolist()
+        return self._rows.drawn(sequence).tolist()
 
     def answer_now(self, request_id: int) -> AnswerNow:
         """Have a request close its thinking: the next ids it draws are its landing and </think>.
@@ -370,14 +306,14 @@ class Engine:
             return "ended"
         if sequence.thinking is None:
             self._limit_thinking(sequence, ThinkingLimits(stop_loops=False))
-        self._catch_up(sequence)
+        self._drawing.catch_up(sequence)
         assert sequence.thinking is not None
         return sequence.thinking.answer_now()
 
     def _limit_thinking(self, sequence: Sequence, limits: ThinkingLimits) -> None:
         """Before its first draw or between two of them."""
         thinking = ThinkingControl(limits, needed(self._vocabulary), sequence.prompt_ids)
-        for token in self._drawn(sequence)[: sequence.n_told]:
+        for token in self._rows.drawn(sequence)[: sequence.n_told].tolist():
             thinking.drawn(token)
         sequence.thinking = thinking
         sequence.control = thinking if sequence.control is None else Controls(thinking, sequence.control)

@@ -40,10 +40,12 @@ class Sampling(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """`probs_BV` is what was drawn from, 0 where a filter cut; None when all rows were greedy."""
+    """`probs_BV` is what was drawn from, 0 where a filter cut; None when all rows were greedy. `all_logps_BV` is the
+    model's own distribution."""
 
     ids_B: Tensor
     logps_B: Tensor
+    all_logps_BV: Tensor
     probs_BV: Tensor | None = None
 
 
@@ -72,9 +74,17 @@ def sampling(
     )
 
 
-def sample(logits_BV: Tensor, positions_B: Tensor, how: Sampling, steering: Steering | None = None) -> Drawn:
-    """One id a row for the given positions of their sequences."""
+def sample(
+    logits_BV: Tensor,
+    positions_B: Tensor,
+    how: Sampling,
+    *,
+    steering: Steering | None = None,
+    shaped_BV: Tensor | None = None,
+) -> Drawn:
+    """One id a row for the given positions of their sequences, drawn from `shaped_BV` where penalties made such."""
     logps_BV = logits_BV.log_softmax(-1)
+    logits_BV = logits_BV if shaped_BV is None else shaped_BV
     if steering is not None and steering.allowed_MV is not None:
         masked_M = torch.from_numpy(steering.masked_M).to(logits_BV.device)
         forbidden_MV = torch.from_numpy(~steering.allowed_MV).to(logits_BV.device)
@@ -90,7 +100,7 @@ def sample(logits_BV: Tensor, positions_B: Tensor, how: Sampling, steering: Stee
     if steering is not None and steering.forced_C is not None:
         forced_rows_C = torch.from_numpy(steering.forced_rows_C).to(ids_B.device)
         ids_B = ids_B.index_put((forced_rows_C,), torch.from_numpy(steering.forced_C).to(ids_B.device))
-    return Drawn(ids_B, logps_BV.gather(-1, ids_B[:, None])[:, 0], probs_BV)
+    return Drawn(ids_B, logps_BV.gather(-1, ids_B[:, None])[:, 0], logps_BV, probs_BV)
 
 
 def sampled_logps(probs_BV: Tensor, ids_B: Tensor) -> Tensor:

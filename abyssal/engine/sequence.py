@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from abyssal.engine.control import Control
+from abyssal.engine.penalties import Penalties
 from abyssal.engine.sampler import COLDEST, noise_key
+from abyssal.engine.stop_strings import StopSearch
 from abyssal.engine.thinking import ThinkingControl
 from abyssal.types import DrawnFrom, SamplingParams
 
@@ -79,6 +81,8 @@ class Sequence:
     logps: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     sampled_logps: list[float] = field(default_factory=list)  # under what was drawn from, where an engine records it
     kept: list[Tensor] = field(default_factory=list)  # ids that had a probability, one tensor a drawn id
+    likeliest: list[dict[int, float]] = field(default_factory=list)  # with their log-probs, one entry a drawn id
+    search: StopSearch | None = None
 
     def drawn_from(self) -> DrawnFrom | None:
         """What a sequence that has left its row was drawn from, as recorded; None for the model's own distribution."""
@@ -115,6 +119,7 @@ class Rows:
         self.top_k_R = np.zeros(n_rows, np.int64)
         self.min_p_R = np.zeros(n_rows, np.float32)
         self.controlled_R = np.zeros(n_rows, bool)
+        self.penalties = Penalties(n_rows=n_rows, max_length=max_length)
         self.sequences: list[Sequence | None] = [None] * n_rows
         self.active = np.empty(0, np.int64)
         self._free = list(range(n_rows - 1, -1, -1))
@@ -137,6 +142,7 @@ class Rows:
         self.temperature_R[row], self.top_p_R[row] = params.temperature, params.top_p
         self.top_k_R[row], self.min_p_R[row] = params.top_k, params.min_p
         self.controlled_R[row] = sequence.control is not None
+        self.penalties.place(row, params, self.ids_RT[row, :length], n_prompt=n_prompt)
         self.sequences[row] = sequence
         self.active = np.append(self.active, row)
 
@@ -152,7 +158,9 @@ class Rows:
         return blocks
 
     def drawn(self, sequence: Sequence, *, since: int = 0) -> np.ndarray:
-        """The ids a running sequence has drawn so far, or those behind the first `since`."""
+        """The ids a sequence has drawn so far, or those behind the first `since`."""
+        if sequence.row is None:  # waiting, perhaps with what it had drawn before it was preempted
+            return sequence.ids[since:]
         row, drawn = self._drawn(sequence)
         return self.ids_RT[row, drawn.start + since : drawn.stop].copy()
 
