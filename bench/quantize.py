@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="of the answer whose speed is taken")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="by name, such as int4 'int4, scaled'; all of them")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -104,6 +105,10 @@ def main() -> None:
             Arm("int4", base, "int4", "auto"),
             Arm("int4, scaled", scaled, "int4", "auto"),
         ]
+        if options.arms:
+            if unknown := set(options.arms) - {arm.name for arm in arms}:
+                parser.error(f"no arm {sorted(unknown)[0]!r}; there are {[arm.name for arm in arms]}")
+            arms = [arm for arm in arms if arm.name in options.arms]
         speeds: dict[str, list[float]] = {arm.name: [] for arm in arms}
         for _ in range(options.rounds):
             for arm in arms:

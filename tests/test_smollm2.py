@@ -6,6 +6,7 @@ out, and say so.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from abyssal.checkpoint.load import load_checkpoint
 from abyssal.checkpoint.packaged import packaged_checkpoint
 from abyssal.checkpoint.save import save_checkpoint
 from abyssal.checkpoint.source import open_checkpoint
+from abyssal.evals.perplexity import cut_windows, held_out_text, perplexity
 from abyssal.model.transformer import Transformer
 from abyssal.tokens.tokenizer import Tokenizer
 
@@ -63,6 +65,16 @@ def assert_equal(ours: Transformer, theirs: transformers.PreTrainedModel, tokeni
     assert torch.equal(likeliest[prompt.shape[1] - 1 : -1], said[0, prompt.shape[1] :])
 
 
+def assert_same_perplexity(
+    ours: Transformer, theirs: transformers.PreTrainedModel, tokenizer: Tokenizer, *, length: int, most: int
+) -> None:
+    """To four digits, on the first windows of Python's language reference."""
+    windows_WT = cut_windows(held_out_text(), tokenizer, length=length, most=most)
+    with torch.no_grad():
+        losses = [float(theirs(ids_T[None], labels=ids_T[None]).loss) for ids_T in windows_WT]
+    assert f"{perplexity(ours, windows_WT).perplexity:.4g}" == f"{math.exp(sum(losses) / most):.4g}"
+
+
 def test_it_is_the_model_that_was_published(file: Path):
     source = open_checkpoint(file)
     assert len(source.tensors) == 272 and {info.stored for info in source.tensors.values()} == {"Q4_1", "Q8_0", "F32"}
@@ -79,6 +91,7 @@ def test_transformers_says_the_same_of_what_we_save(lm: abyssal.LM, tmp_path: Pa
     save_checkpoint(tmp_path, lm.model, lm.tokenizer)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert_equal(lm.model, theirs.eval(), lm.tokenizer)
+    assert_same_perplexity(lm.model, theirs.eval(), lm.tokenizer, length=256, most=1)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     plain = TEXT.replace("<|im_end|>", "")  # which is a control token there, whoever types it
     assert their_tokenizer.encode(plain, add_special_tokens=False) == lm.tokenizer.encode(plain)
@@ -96,6 +109,7 @@ def test_transformers_reads_the_same_out_of_the_file(file: Path):
     ours = load_checkpoint(file)
     assert ours.tokenizer is not None
     assert_equal(ours.model, theirs.eval(), ours.tokenizer)
+    assert_same_perplexity(ours.model, theirs, ours.tokenizer, length=512, most=8)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     plain = TEXT.replace("<|im_end|>", "")
     assert their_tokenizer.encode(plain, add_special_tokens=False) == ours.tokenizer.encode(plain)
