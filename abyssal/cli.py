@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from abyssal.checkpoint.own_sampling import own_sampling
+from abyssal.checkpoint.packaged import cache_directory
 from abyssal.commands.checkpoint_path import resolve_checkpoint
 from abyssal.commands.convert_shape import convert
 from abyssal.commands.export_checkpoint import export_checkpoint
@@ -23,6 +24,7 @@ from abyssal.commands.import_checkpoint import import_checkpoint
 from abyssal.commands.measure_perplexity import measure_perplexity
 from abyssal.commands.options import parsed
 from abyssal.commands.preset_table import presets
+from abyssal.engine.disk_cache import MAX_BYTES, DiskCache
 from abyssal.evals.page import write_report
 from abyssal.stages.recipe import Recipe, read_recipe
 from abyssal.stages.results import print_results
@@ -61,6 +63,8 @@ class ChatOptions:
     dtype: Literal["auto", "float32", "bfloat16"] | None = None  # of products; FP32, or auto with weights in few bits
     weights: Literal["compute", "fp8", "int8", "int4"] = "compute"  # compute: in the type of products
     raw: bool = False  # continue the prompt as it stands, its control tokens included, without the chat template
+    cache: Path | None = None  # keep what was computed in this folder and use it next time; auto: the user's own cache
+    cache_bytes: int = MAX_BYTES  # the room that may take
 
 
 def main() -> None:
@@ -128,7 +132,14 @@ def chat(arguments: list[str]) -> None:
         dtype=options.dtype,
         weights=options.weights,
         raw=options.raw,
+        disk_cache=disk_cache(options.cache, max_bytes=options.cache_bytes),
     )
+
+
+def disk_cache(folder: Path | None, *, max_bytes: int) -> DiskCache | None:
+    if folder is None:
+        return None
+    return DiskCache(folder=cache_directory() if str(folder) == "auto" else folder, max_bytes=max_bytes)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -17,6 +17,7 @@ from torch import Tensor
 from abyssal.checkpoint.load import FORMATS, OnBytes, Weights, load_checkpoint
 from abyssal.checkpoint.own_sampling import R1, Sampling, own_sampling
 from abyssal.checkpoint.packaged import packaged_checkpoint
+from abyssal.engine.disk_cache import DiskCache
 from abyssal.engine.engine import Engine
 from abyssal.model.transformer import Transformer
 from abyssal.tokens.chat import ThinkingMode, opens_thinking, parse, render
@@ -42,6 +43,7 @@ class LM:
         sampling: Sampling = R1,
         max_batch: int = 64,
         invariant: bool = False,
+        disk_cache: DiskCache | None = None,
     ) -> None:
         """`sampling` is what `chat` draws with unless it is told otherwise."""
         self.model, self.tokenizer, self.sampling = model.eval(), tokenizer, sampling
@@ -52,7 +54,9 @@ class LM:
             record_experts=False,
             vocab_size=tokenizer.vocab_size,
             invariant=invariant,
-            prefix_cache=invariant,  # else a question asked twice could get two answers, a rounding apart
+            # else a question asked twice could get two answers, a rounding apart; who wants a disk cache accepts that
+            prefix_cache=invariant or disk_cache is not None,
+            disk_cache=disk_cache and replace(disk_cache, tokenizer=tokenizer.fingerprint),
         )
         self._ended: dict[int, list[int]] = {}  # ids of answers that ended, until their stream has handed them out
 
@@ -130,6 +134,7 @@ def load(
     device: str = "auto",
     weights: Weights = "compute",
     invariant: bool = False,
+    disk_cache: DiskCache | None = None,
     on_bytes: OnBytes | None = None,
 ) -> LM:
     """The model in a Hugging Face directory or GGUF file, ready to generate. Opens weights, config and tokenizer,
@@ -137,12 +142,13 @@ def load(
 
     `weights`: in the type that is computed in, or "fp8", "int8", "int4", which take less memory. `dtype` is FP32 unless
     given; with weights in few bits it is "auto", the fastest here. `invariant`: an answer is the same to the last bit
-    whatever else is asked, before or at the same time; slower. `on_bytes` is called with the bytes read and the bytes
-    in all.
+    whatever else is asked, before or at the same time; slower. `disk_cache`: what was computed for prompts and answers
+    is kept in a folder and used where another begins alike, after a restart too; to a rounding, without `invariant`.
+    `on_bytes` is called with the bytes read and the bytes in all.
     """
     path = packaged_checkpoint(directory, say=lambda line: print(line, file=sys.stderr))
     dtype = dtype or ("auto" if weights in FORMATS else "float32")
     loaded = load_checkpoint(path, dtype=dtype, device=device, weights=weights, on_bytes=on_bytes)
     if loaded.tokenizer is None:
         raise FileNotFoundError(f"{directory} has no tokenizer.json: copy the model's tokenizer files into it")
-    return LM(loaded.model, loaded.tokenizer, sampling=own_sampling(path), invariant=invariant)
+    return LM(loaded.model, loaded.tokenizer, sampling=own_sampling(path), invariant=invariant, disk_cache=disk_cache)

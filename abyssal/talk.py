@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from abyssal.checkpoint.load import Weights
+from abyssal.engine.disk_cache import DiskCache
 from abyssal.lm import LM, load
 from abyssal.machine import leave_busy_cores
 from abyssal.progress import bytes_bar
@@ -27,6 +28,7 @@ def talk(
     dtype: str | None = None,
     weights: Weights = "compute",
     raw: bool = False,
+    disk_cache: DiskCache | None = None,
 ) -> None:
     """Answer `prompt` and return, or read questions until an empty line or the end of input. /new starts over.
 
@@ -36,7 +38,7 @@ def talk(
         raise ValueError("--raw continues a text, not a conversation; give the text with --prompt")
     leave_busy_cores()
     with bytes_bar(f"loading {directory}", console) as on_bytes:
-        lm = load(directory, dtype=dtype, weights=weights, on_bytes=on_bytes)
+        lm = load(directory, dtype=dtype, weights=weights, disk_cache=disk_cache, on_bytes=on_bytes)
     if raw and prompt is not None:
         spoken(lm, lm.prompt_ids(prompt, raw=True), params=params, in_thought=False, console=console)
         return

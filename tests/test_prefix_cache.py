@@ -346,7 +346,7 @@ class Shelf:
 
     def __init__(self) -> None:
         self.kept: set[bytes] = set()
-        self.n_sound = 99
+        self.n_sound = self.most_blocks = 99
 
     def find(self, keys: list[bytes]) -> int:
         return next((n for n, key in enumerate(keys) if key not in self.kept), len(keys))
@@ -358,7 +358,6 @@ class Shelf:
 
     def offer(self, keys: list[bytes], blocks: np.ndarray) -> None:
         assert len(keys) == len(blocks)
-        assert not self.kept & set(keys)  # nothing is offered twice, and nothing that it brought
         self.kept |= set(keys)
 
 
@@ -394,3 +393,34 @@ def test_a_tier_is_asked_after_the_cache_and_offered_nothing_stale():
     kept = set(s.tier.kept)
     s.preempt_all()
     assert s.tier.kept == kept
+
+
+def test_a_tier_is_asked_for_no_more_than_a_step_may_bring():
+    s = scheduler(prefix_cache=True, tier=Shelf())
+    long, short = random_prompts([22, 9])  # five full blocks and two
+    for prompt in (long, short):
+        s.remove(admitted(s, prompt))
+    s.pool.forget()
+    s.tier.most_blocks = 3
+    sequences = [add(s, prompt, request_id=i) for i, prompt in enumerate((long, short))]
+    before = s.stats
+    assert s.admit().prefills == []  # three blocks, and nothing is computed that can be brought
+    [(_, chunk)] = s.admit().prefills  # two more, and one of the next prompt's two
+    assert (chunk.start, len(chunk.ids)) == (20, 2) and sequences[0].row is not None and sequences[1].row is None
+    [(_, chunk)] = s.admit().prefills
+    assert (chunk.start, len(chunk.ids)) == (8, 1) and sequences[1].row is not None
+    assert s.stats.n_found - before.n_found == s.stats.n_found_on_disk == 28
+    assert s.stats.n_tokens - before.n_tokens == 31  # each prompt is counted once, however many steps it takes
+
+
+def test_what_a_tier_spoilt_is_computed_and_what_comes_behind_is_brought():
+    s = scheduler(prefix_cache=True, tier=Shelf(), prefill_chunk=4)
+    [prompt] = random_prompts([18])  # four full blocks
+    keys = block_keys(np.array(prompt), BLOCK)
+    s.tier.kept |= {keys[0], keys[2], keys[3]}
+    sequence, chunks = add(s, prompt), []
+    while sequence.row is None:
+        admission = s.admit()
+        chunks += [(chunk.start, len(chunk.ids)) for _, chunk in admission.prefills]
+        s.computed(admission)
+    assert chunks == [(4, 4), (16, 2)] and s.stats.n_found_on_disk == 12 and set(keys) <= s.tier.kept

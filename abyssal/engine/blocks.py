@@ -45,6 +45,8 @@ def block_keys(ids: np.ndarray, block_size: int, key: bytes = b"") -> list[bytes
 class Tier(Protocol):
     """A slower store of full blocks under the same keys, asked for what is no longer in the cache."""
 
+    most_blocks: int  # that a step may ask it to bring
+
     def find(self, keys: list[bytes]) -> int:
         """How many of these it has, counted from the first on without a gap."""
 
@@ -52,7 +54,7 @@ class Tier(Protocol):
         """Fill these blocks with what it has under these keys; how many from the first on are now as computed."""
 
     def offer(self, keys: list[bytes], blocks: np.ndarray) -> None:
-        """These blocks are full and computed. They may change after this returns."""
+        """A sequence begins with these blocks, full and computed, known to it or not. They may change afterwards."""
 
 
 class BlockPool:
@@ -106,17 +108,11 @@ class BlockPool:
             freed = freed[~is_kept]
         self._push(freed)
 
-    def remember(self, ids: np.ndarray, keys: list[bytes]) -> list[int]:
-        """These blocks are full, computed and will not change. A key that is known keeps the block it has.
-
-        Returns which of them are remembered only now, by their place in `ids`.
-        """
-        new = []
-        for place, (block, key) in enumerate(zip(ids.tolist(), keys, strict=True)):
+    def remember(self, ids: np.ndarray, keys: list[bytes]) -> None:
+        """These blocks are full, computed and will not change. A key that is known keeps the block it has."""
+        for block, key in zip(ids.tolist(), keys, strict=True):
             if key not in self._block_of and block not in self._key_of:
                 self._block_of[key], self._key_of[block] = block, key
-                new.append(place)
-        return new
 
     def find(self, keys: list[bytes]) -> np.ndarray:
         """The remembered blocks of the longest known beginning; `share` them to have them."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from abyssal.engine.blocks import BlockPool, blocks_for, namespace_key
 from abyssal.engine.control import Control, Controls
+from abyssal.engine.disk_cache import DiskCache, DiskStats, DiskTier
 from abyssal.engine.drawing import Drawing, Ending
 from abyssal.engine.runner import Runner
 from abyssal.engine.sampler import derive_seed
@@ -55,7 +56,7 @@ class Engine:
     `step_tokens`: at most so many tokens a step computes in all: of answers, prompts and drafts.
     `max_waiting`: so many requests may wait for their turn; `add` refuses more with `QueueFull`.
     `prefix_cache`: what earlier requests of a namespace left in the cache is used again where prompts begin alike
-    (`prefix_stats`).
+    (`prefix_stats`). With a `disk_cache` it survives the engine (`disk_stats`).
     `invariant`: a request's tokens and log-probs are the same bits alone or among others, with the cache cold or warm,
     in chunks or whole, preempted or not (see `runner.py`); slower.
     `vocabulary`: for requests that limit their thinking or have stop strings; completions then tell how long they
@@ -78,6 +79,7 @@ class Engine:
         step_tokens: int | None = None,
         max_waiting: int | None = None,
         prefix_cache: bool = False,
+        disk_cache: DiskCache | None = None,
         invariant: bool = False,
         vocabulary: Vocabulary | None = None,
     ) -> None:
@@ -96,6 +98,8 @@ class Engine:
                 f"step_tokens={step_tokens} leaves no token for prompts beside max_batch={max_batch} answers; "
                 f"use {max_batch + 1} or more"
             )
+        if disk_cache is not None and not prefix_cache:
+            raise ValueError(f"disk_cache={disk_cache.folder} keeps the prefix cache; give prefix_cache=True with it")
         self.max_length = config.max_position_embeddings
         max_blocks = blocks_for(self.max_length, block_size)
         if n_blocks is None:
@@ -115,6 +119,7 @@ class Engine:
         self._runner = Runner(
             model, n_blocks=n_blocks, block_size=block_size, record_experts=record_experts, invariant=invariant
         )
+        self._tier = None if disk_cache is None else DiskTier(disk_cache, self._runner)
         self._rows = Rows(n_rows=max_batch, max_length=self.max_length, max_blocks=max_blocks)
         self._scheduler = Scheduler(
             pool=BlockPool(n_blocks),
@@ -124,6 +129,7 @@ class Engine:
             prefill_chunk=prefill_chunk,
             step_tokens=step_tokens,
             prefix_cache=prefix_cache,
+            tier=self._tier,
         )
         self._sequences: dict[int, Sequence] = {}
         self._unclaimed: list[Finished] = []  # finished while `generate` was stepping for others
@@ -144,6 +150,11 @@ class Engine:
     def prefix_stats(self) -> PrefixStats:
         """Since the engine was made: tokens computed or found before an answer could go on, and those found."""
         return self._scheduler.stats
+
+    @property
+    def disk_stats(self) -> DiskStats | None:
+        """What the disk cache holds and has done; None without one."""
+        return None if self._tier is None else self._tier.stats
 
     @property
     def n_unfinished(self) -> int:
@@ -366,7 +377,14 @@ class Engine:
     def load_weights(self, model: Transformer) -> None:
         """Go on with new weights: running requests keep what they have drawn and are recomputed."""
         self._runner.load_weights(model)
+        if self._tier is not None:
+            self._tier.reopen()
         self._scheduler.preempt_all()
+
+    def close(self) -> None:
+        """Write what is still to be written to the disk cache and let go of its folder. Happens at exit anyway."""
+        if self._tier is not None:
+            self._tier.close()
 
     def _give_up(self) -> None:
         for request_id in list(self._sequences):

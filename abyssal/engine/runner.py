@@ -112,6 +112,17 @@ class Runner:
     def config(self) -> ModelConfig:
         return self.model.config
 
+    @property
+    def stores(self) -> list[Tensor]:
+        """All that lies in slots: the cache of each layer, and the expert record where there is one."""
+        return self._cache if self._experts is None else [*self._cache, self._experts]
+
+    @property
+    def numerics(self) -> str:
+        """Names the way of computing: the same tokens have entries of other bits when computed in another way, and none
+        in the layers of MTP modules that do not draft."""
+        return f"{'invariant' if self.invariant else 'plain'}, {self._n_ahead} ahead"
+
     def load_weights(self, model: Transformer) -> None:
         """Compute with these weights from now on: copied into place if they need a cast, else shared."""
         if model.config != self.config or model.dtype != self.model.dtype:
@@ -304,8 +315,7 @@ class Runner:
     def copy_blocks(self, source: list[int], target: list[int]) -> None:
         """Give a forked sequence its own copy of a partly filled block, in every layer."""
         source_X, target_X = (self._tensor(self._slots(np.array([ids]))[0]) for ids in (source, target))
-        stores = self._cache if self._experts is None else [*self._cache, self._experts]
-        for store in stores:
+        for store in self.stores:
             store.index_copy_(0, target_X, store.index_select(0, source_X))
 
     def experts_at(self, blocks: np.ndarray, n_computed: int) -> Tensor | None:

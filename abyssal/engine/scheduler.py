@@ -36,10 +36,12 @@ class Admission(NamedTuple):
 
 
 class PrefixStats(NamedTuple):
-    """`n_tokens` had to be in the cache before their sequences could draw; `n_found` of them were there already."""
+    """`n_tokens` had to be in the cache before their sequences could draw; `n_found` of them were there already or, as
+    `n_found_on_disk` of those, came from the slower tier."""
 
     n_tokens: int = 0
     n_found: int = 0
+    n_found_on_disk: int = 0
 
 
 class Scheduler:
@@ -86,6 +88,7 @@ class Scheduler:
         """Move waiting sequences into free rows as far as rows, blocks and the step's tokens reach."""
         admission = Admission([], [], [], [])
         longest, chunk_left = 0, self.prefill_chunk
+        left_below = 0 if self.tier is None else self.tier.most_blocks
         self.n_left = self.step_tokens - len(self.rows.active)
         self.waiting.tick()
         if len(self.waiting) and self.rows.n_free:
@@ -97,8 +100,10 @@ class Scheduler:
                 if (begun := self._begun()) is None:
                     break
                 sequence, prefix = begun, _prefix_of(begun)
-            n_below = self._n_below(prefix, found)
-            start = prefix.n_computed if prefix.blocks is not None else (len(found) + n_below) * self.block_size
+            n_below = self._n_below(prefix, found, most=left_below + 1)
+            n_brought = min(n_below, left_below)
+            start = prefix.n_computed if prefix.blocks is not None else len(found) * self.block_size
+            start += n_brought * self.block_size
             # once a prompt is computed its sequence takes part in the same step's decode
             n_chunk = min(len(prefix.ids) - start, chunk_left, self.n_left - 1)
             if start < len(prefix.ids):
@@ -107,7 +112,11 @@ class Scheduler:
                 over = admission.prefills and (len(admission.prefills) + 1) * longest > self.prefill_tokens
                 if over or n_chunk < 1:
                     break
-            blocks = self._claim(sequence, prefix, found, n_below) if prefix.blocks is None else prefix.blocks
+            blocks = self._claim(sequence, prefix, found) if prefix.blocks is None else prefix.blocks
+            if n_below:
+                left_below -= n_brought
+                if self._bring(sequence, prefix, n_brought) and n_below > n_brought:
+                    break  # the tier has more, for the next step
             start = prefix.n_computed  # less than was thought where the tier could not keep its word
             if start < len(prefix.ids):
                 end = start + n_chunk
@@ -155,28 +164,43 @@ class Scheduler:
         begun = [sequence for prefix in self._holding if prefix.is_partial for sequence in prefix.waiting]
         return min(begun, key=self.waiting.rank, default=None)
 
-    def _n_below(self, prefix: Prefix, found: np.ndarray) -> int:
-        """How many blocks after those found the tier has."""
-        if self.tier is None or prefix.blocks is not None:
+    def _n_below(self, prefix: Prefix, found: np.ndarray, *, most: int) -> int:
+        """How many of the next blocks the tier has; looks at `most`."""
+        n_there = len(found) * self.block_size if prefix.blocks is None else prefix.n_computed
+        if self.tier is None or n_there % self.block_size:
             return 0
-        return self.tier.find(prefix.block_keys[len(found) :])
+        n_there //= self.block_size
+        return self.tier.find(prefix.block_keys[n_there : n_there + most])
 
-    def _claim(self, sequence: Sequence, prefix: Prefix, found: np.ndarray, n_below: int) -> np.ndarray:
-        """Give a prefix its blocks: those found in the cache, and new ones for the rest, some filled by the tier."""
+    def _claim(self, sequence: Sequence, prefix: Prefix, found: np.ndarray) -> np.ndarray:
+        """Give a prefix its blocks: those found in the cache, and new ones for the rest."""
         self.pool.share(found)  # first: an idle block that is taken anew would lose what it holds
         new = self.pool.take(blocks_for(len(prefix.ids), self.block_size) - len(found))
         prefix.blocks = np.concatenate((found, new))
         self._holding[prefix] = None
-        n_filled = len(found)
-        if self.tier is not None and n_below:
-            keys = prefix.block_keys[len(found) : len(found) + n_below]
-            n_brought = self.tier.bring(keys, new[:n_below])
-            self.pool.remember(new[:n_brought], keys[:n_brought])
-            n_filled += n_brought
-        prefix.n_computed = n_filled * self.block_size
-        sequence.n_charged = max(sequence.n_charged, prefix.n_computed)  # what is found is free
-        self.stats = PrefixStats(self.stats.n_tokens + len(prefix.ids), self.stats.n_found + prefix.n_computed)
+        self._count(n_tokens=len(prefix.ids))
+        self._found(sequence, prefix, len(found))
         return prefix.blocks
+
+    def _bring(self, sequence: Sequence, prefix: Prefix, n: int) -> bool:
+        """Let the tier fill the next n blocks; False when it did not fill them all."""
+        assert self.tier is not None and prefix.blocks is not None
+        start = prefix.n_computed // self.block_size
+        keys, blocks = prefix.block_keys[start : start + n], prefix.blocks[start : start + n]
+        n_filled = self.tier.bring(keys, blocks)
+        self.pool.remember(blocks[:n_filled], keys[:n_filled])
+        self._found(sequence, prefix, n_filled)
+        self._count(n_found_on_disk=n_filled * self.block_size)
+        return n_filled == n
+
+    def _found(self, sequence: Sequence, prefix: Prefix, n_blocks: int) -> None:
+        prefix.n_computed += n_blocks * self.block_size
+        sequence.n_charged = max(sequence.n_charged, prefix.n_computed)  # what is found is free
+        self._count(n_found=n_blocks * self.block_size)
+
+    def _count(self, *, n_tokens: int = 0, n_found: int = 0, n_found_on_disk: int = 0) -> None:
+        more = n_tokens, n_found, n_found_on_disk
+        self.stats = PrefixStats(*(n + m for n, m in zip(self.stats, more, strict=True)))
 
     def computed(self, admission: Admission) -> None:
         """The prefills are done: what they filled may be found by later requests."""
@@ -185,9 +209,10 @@ class Scheduler:
             self._remember(chunk.blocks[:n_full], prefix.block_keys[:n_full])
 
     def _remember(self, blocks: np.ndarray, keys: list[bytes]) -> None:
-        new = self.pool.remember(blocks, keys)
-        if self.tier is not None and new:
-            self.tier.offer([keys[place] for place in new], blocks[new])
+        """A sequence begins with these full blocks."""
+        self.pool.remember(blocks, keys)
+        if self.tier is not None and keys:
+            self.tier.offer(keys, blocks)  # all of them: it may have lost some, and wants to know what is used
 
     def _place(self, sequence: Sequence, prefix: Prefix, admission: Admission) -> None:
         blocks = prefix.blocks

@@ -7,6 +7,7 @@ own where control tokens go: chat.py inserts them.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -129,6 +130,11 @@ class Tokenizer:
     def backend(self) -> tokenizers.Tokenizer:
         """As it is saved, for formats other than tokenizer.json. It reads control tokens in any text."""
         return self._backend
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what text becomes which ids."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     @functools.cached_property
     def template(self) -> str | None:
