@@ -31,7 +31,7 @@ from abyssal.stages.results import print_results
 from abyssal.stages.run import STAGES
 from abyssal.stages.way import open_run, walk
 from abyssal.talk import talk
-from abyssal.types import SamplingParams
+from abyssal.types import RequestError, SamplingParams
 
 USAGE = f"""\
 abyssal: from raw text to a reasoning model
@@ -75,7 +75,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: abyssal {shlex.join(arguments)}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, RequestError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
 

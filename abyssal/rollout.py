@@ -34,7 +34,10 @@ def sample_answers(
     system: str | None = None,
     thinking: ThinkingMode = "auto",
 ) -> list[Rollout]:
-    """P x G rollouts, answers to one problem side by side. `params.seed` gives way to one of (seed, problem, g)."""
+    """P x G rollouts, answers to one problem side by side. `params.seed` gives way to one of (seed, problem, g).
+
+    An answer that ended with an error is none to learn from or to grade: it is raised.
+    """
     if answers_per_problem < 1:
         raise ValueError(f"answers_per_problem={answers_per_problem} must be at least 1")
     prompts: list[list[int]] = []
@@ -47,7 +50,7 @@ def sample_answers(
         for g in range(answers_per_problem):
             prompts.append(ids)
             each.append(replace(params, seed=derive_seed(seed, p, g)))
-    completions = engine.generate(prompts, each)
+    completions = [completion.checked() for completion in engine.generate(prompts, each)]
     return [
         Rollout(
             problem=problems[i // answers_per_problem],

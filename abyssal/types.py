@@ -221,6 +221,10 @@ class DrawnFrom:
     kept_counts: torch.Tensor | None = None
 
 
+class RequestError(RuntimeError):
+    """A request ended with an error, and somebody needed its answer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """What the engine returns for one prompt.
@@ -247,6 +251,12 @@ class Completion:
     thinking: ThinkingReport | None = None
     stop: str | None = None
     top_logprobs: list[dict[int, float]] | None = None
+
+    def checked(self) -> Completion:
+        """Itself. What ended with an error is no answer, and raises it."""
+        if self.error is not None:
+            raise RequestError(f"a request of {len(self.prompt_ids)} tokens ended with an error: {self.error}")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from abyssal.rollout import agreement, sample_answers
 from abyssal.tokens.bpe import train_bpe
 from abyssal.tokens.chat import parse, render
 from abyssal.tokens.tokenizer import Tokenizer
-from abyssal.types import Message, Problem, SamplingParams
+from abyssal.types import Message, Problem, RequestError, SamplingParams
 
 PROBLEMS = [Problem(prompt="1 + 2 = ?", answer="3"), Problem(prompt="name a colour", answer="red")]
 PARAMS = SamplingParams(max_tokens=8)
@@ -51,6 +51,15 @@ def test_thinking_can_be_opened_by_the_prompt(engine, tokenizer):
     [r] = sample_answers(engine, tokenizer, PROBLEMS[:1], answers_per_problem=1, params=PARAMS, seed=0, thinking="on")
     assert r.completion.prompt_ids[-1] == tokenizer.think_id
     assert r.message.thinking is not None
+
+
+def test_an_answer_that_ended_with_an_error_is_none_to_learn_from(tokenizer):
+    model = small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=128)
+    with torch.no_grad():
+        model.embed_tokens.weight[tokenizer.encode("name")] = float("nan")
+    engine = Engine(model, eos_ids=[tokenizer.eos_id])
+    with pytest.raises(RequestError, match="ended with an error: the model's logits are not finite"):
+        sample_answers(engine, tokenizer, PROBLEMS, answers_per_problem=2, params=PARAMS, seed=0)
 
 
 def test_no_answers_are_refused(engine, tokenizer):

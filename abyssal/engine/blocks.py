@@ -126,7 +126,12 @@ class BlockPool:
 
     def n_idle(self, ids: np.ndarray) -> int:
         """How many of these count as free."""
-        return int((self._owners[ids] == 0).sum())
+        return len(self.idle(ids))
+
+    def idle(self, ids: np.ndarray) -> np.ndarray:
+        """Those that count as free."""
+        found: np.ndarray = ids[self._owners[ids] == 0]
+        return found
 
     def forget(self) -> None:
         """What blocks hold is no longer true, as after a change of weights."""

@@ -21,9 +21,11 @@ from abyssal.engine.blocks import BlockPool, blocks_for, namespace_key
 from abyssal.engine.control import Control, Controls
 from abyssal.engine.disk_cache import DiskCache, DiskStats, DiskTier
 from abyssal.engine.drawing import Drawing, Ending
+from abyssal.engine.guard import NOT_FINITE, Guard
+from abyssal.engine.isolation import isolate, said
 from abyssal.engine.runner import Runner
 from abyssal.engine.sampler import derive_seed
-from abyssal.engine.scheduler import PrefixStats, Scheduler
+from abyssal.engine.scheduler import Admission, PrefixStats, Scheduler
 from abyssal.engine.sequence import Rows, Sequence
 from abyssal.engine.stop_strings import StopSearch
 from abyssal.engine.thinking import AnswerNow, ThinkingControl, needed, phase_behind, thought
@@ -135,6 +137,7 @@ class Engine:
         self._unclaimed: list[Finished] = []  # finished while `generate` was stepping for others
         self._next_id = 0
         self._max_waiting = max_waiting
+        self._guard = Guard(self._runner, longest=prefill_tokens, vocab_size=self._vocab_size)
         self._drawing = Drawing(
             self._rows,
             vocab_size=self._vocab_size,
@@ -233,46 +236,80 @@ class Engine:
         except BaseException:  # Ctrl-C too: what was cut short is computed again, and nobody's answer is lost
             self._unclaimed = finished
             self._scheduler.preempt_all()
+            overdue = [(sequence, self._drawing.overdue(sequence)) for sequence in self._sequences.values()]
+            self._end([(sequence, ending) for sequence, ending in overdue if ending is not None], finished)
             raise
         return finished
 
     def _step(self, finished: list[Finished]) -> None:
         admission = self._scheduler.admit()
         if admission.prefills:
-            logits_BV = self._runner.prefill([chunk for _, chunk in admission.prefills]).logits_XV
-            for (prefix, _), logits_V in zip(admission.prefills, logits_BV, strict=True):
-                prefix.logits_V = logits_V
-            self._scheduler.computed(admission)
+            self._prefill(admission, finished)
         if admission.copy_from:
             self._runner.copy_blocks(admission.copy_from, admission.copy_to)
-        if admission.placed:
-            logits_BV = torch.stack([_logits(prefix.logits_V) for _, prefix in admission.placed])
-            finished += self._draw(self._rows.active[-len(admission.placed) :], logits_BV)
+        placed = [(sequence, prefix) for sequence, prefix in admission.placed if sequence.row is not None]
+        if placed:
+            rows_B = np.array([sequence.row for sequence, _ in placed])
+            self._draw(rows_B, torch.stack([_logits(prefix.logits_V) for _, prefix in placed]), finished)
         rows_B = self._scheduler.grow()
         if len(rows_B):
-            finished += self._draw(rows_B, self._decode(rows_B))
+            self._decode(rows_B, finished)
 
-    def _decode(self, rows_B: np.ndarray) -> Tensor:
+    def _prefill(self, admission: Admission, finished: list[Finished]) -> None:
+        """Compute what was admitted. A prompt that cannot be ends for all who ask it."""
+        errors = self._guard.prefill(admission.prefills)
+        good = [pair for place, pair in enumerate(admission.prefills) if place not in errors]
+        self._scheduler.computed(admission._replace(prefills=good))
+        for place, error in errors.items():
+            prefix, _ = admission.prefills[place]
+            placed = [sequence for sequence, own in admission.placed if own is prefix]
+            self._end([(sequence, Ending("error", error)) for sequence in [*placed, *prefix.waiting]], finished)
+
+    def _decode(self, rows_B: np.ndarray, finished: list[Finished]) -> None:
+        """Compute and append one token of each row."""
+        done, errors = isolate(len(rows_B), lambda places: (rows_B[places], self._computed(rows_B[places])))
+        for rows, logits_BV in done:
+            self._draw(rows, logits_BV, finished)
+        failed = [self._rows.sequence_in(int(rows_B[place])) for place in errors]
+        self._end(zip(failed, (Ending("error", error) for error in errors.values()), strict=True), finished)
+
+    def _computed(self, rows_B: np.ndarray) -> Tensor:
         rows = self._rows
         positions_BT = rows.length_R[rows_B, None] - 1
         n_columns = int(rows.n_blocks_R[rows_B].max())
         ids_BT = rows.ids_RT[rows_B[:, None], positions_BT]
         return self._runner.decode(ids_BT, positions_BT, rows.blocks_RN[rows_B, :n_columns]).logits_XV
 
-    def _draw(self, rows_B: np.ndarray, logits_BV: Tensor) -> list[Finished]:
+    def _draw(self, rows_B: np.ndarray, logits_BV: Tensor, finished: list[Finished]) -> None:
         """Append one token to each of these rows."""
         step = self._drawing.draw(rows_B, logits_BV, version=self._scheduler.version)
-        if step.not_finite:
-            self._give_up()
-            raise FloatingPointError("the model's logits are not finite; all requests were dropped; load other weights")
-        return [self._finish(sequence, ending) for sequence, ending in step.ended]
+        self._end(step.ended, finished)
+        for sequence in step.not_finite:
+            self._end(self._drawn_alone(sequence), finished)
+
+    def _drawn_alone(self, sequence: Sequence) -> list[tuple[Sequence, Ending]]:
+        """For one whose logits are not finite, by its own fault or another's."""
+        rows, row = self._rows, sequence.row
+        assert row is not None, f"request {sequence.request_id} is not running"
+        try:
+            computed = self._guard.alone(rows.ids_RT[row, : rows.length_R[row]], rows.blocks_of(row))
+        except Exception as error:
+            return [(sequence, Ending("error", said(error)))]
+        step = self._drawing.draw(np.array([row]), computed.logits_XV, version=self._scheduler.version)
+        return step.ended + [(sequence, Ending("error", NOT_FINITE)) for sequence in step.not_finite]
+
+    def _end(self, ended: Iterable[tuple[Sequence, Ending]], finished: list[Finished]) -> None:
+        for sequence, ending in ended:
+            finished.append(self._finish(sequence, ending))
 
     def _finish(self, sequence: Sequence, ending: Ending) -> Finished:
-        experts = None
+        experts, failed = None, ending.reason == "error"
+        blocks = self._rows.blocks_of(sequence.row) if sequence.row is not None else _blocks(sequence)
         if sequence.row is not None:
-            n_computed = int(self._rows.length_R[sequence.row]) - 1
-            experts = self._runner.experts_at(self._rows.blocks_of(sequence.row), n_computed)
-        self._scheduler.remove(sequence)
+            experts = self._runner.experts_at(blocks, int(self._rows.length_R[sequence.row]) - 1)
+        self._scheduler.remove(sequence, stale=failed)
+        if failed:  # what it leaves behind must not trouble those who get its blocks
+            self._guard.clean(self._scheduler.pool.idle(blocks))
         del self._sequences[sequence.request_id]
         return Finished(
             sequence.request_id,
@@ -386,10 +423,11 @@ class Engine:
         if self._tier is not None:
             self._tier.close()
 
-    def _give_up(self) -> None:
-        for request_id in list(self._sequences):
-            self.abort(request_id)
-        self._runner.clear()
+
+def _blocks(sequence: Sequence) -> np.ndarray:
+    """Those kept for a waiting sequence and its siblings."""
+    prefix = sequence.prefix
+    return np.empty(0, np.int64) if prefix is None or prefix.blocks is None else prefix.blocks
 
 
 def _logits(logits_V: Tensor | None) -> Tensor:

@@ -325,9 +325,20 @@ class Runner:
         return self._experts.index_select(0, self._tensor(self._slots(blocks[None])[0, :n_computed])).cpu()
 
     def clear(self) -> None:
-        """Forget all entries, so that one that is not finite cannot reach a later sequence."""
+        """Forget all entries."""
         for store in self._cache:
             store.zero_()
+
+    def clean(self, blocks: np.ndarray) -> np.ndarray:
+        """Forget the entries of these blocks that are not finite; returns which blocks had any, (N,)."""
+        slots_X = self._tensor(self._slots(blocks[None])[0])
+        is_bad_X = torch.zeros(len(slots_X), dtype=torch.bool, device=self.device)
+        for store in self._cache:
+            bad_X = ~store.index_select(0, slots_X).isfinite().all(-1)
+            store.index_fill_(0, slots_X[bad_X], 0.0)
+            is_bad_X |= bad_X
+        is_bad_N: np.ndarray = is_bad_X.view(len(blocks), -1).any(-1).cpu().numpy()
+        return is_bad_N
 
     def _table(self, held: list[np.ndarray], n_columns: int = 0) -> np.ndarray:
         """Blocks side by side, as wide as the longest and at least n_columns, filled up with the trash."""

@@ -312,10 +312,10 @@ class Scheduler:
         self.pool.release(self.rows.clear(sequence))
         self.version += 1
 
-    def remove(self, sequence: Sequence) -> None:
-        """Finished or aborted: nothing of it stays."""
+    def remove(self, sequence: Sequence, *, stale: bool = False) -> None:
+        """Finished or aborted: nothing of it stays but, unless stale, what others may find."""
         if sequence.row is not None:
-            self._leave(sequence)
+            self._leave(sequence, stale=stale)
         else:
             self.waiting.remove(sequence)
             prefix = _prefix_of(sequence)

@@ -72,7 +72,7 @@ def within(
     ]
     rollouts = list(free)
     for (i, prefix), completion in zip(prefixes.items(), engine.generate(prompts, rest), strict=True):
-        rollouts[i] = forced(free[i], prefix, completion, tokenizer)
+        rollouts[i] = forced(free[i], prefix, completion.checked(), tokenizer)
     return rollouts, len(prefixes)
 
 

@@ -6,7 +6,6 @@ they add to a text that has begun: there a token writes the same wherever it sta
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -16,12 +15,12 @@ from tokenizers import pre_tokenizers
 BYTE_NAME = re.compile(r"<0x([0-9A-F]{2})>")  # sentencepiece's byte, where a vocabulary lacks the letter
 
 
-def token_bytes(backend: tokenizers.Tokenizer, *, n_ids: int, control_ids: frozenset[int]) -> list[bytes]:
-    """One entry an id, empty for control tokens and for ids that are none."""
+def token_bytes(backend: tokenizers.Tokenizer, decoder: Any, *, n_ids: int, control_ids: frozenset[int]) -> list[bytes]:
+    """One entry an id, empty for control tokens and for ids that are none. `decoder` is that of tokenizer.json."""
     names = {
         i: name for name, i in backend.get_vocab(with_added_tokens=True).items() if i < n_ids and i not in control_ids
     }
-    steps = set(_types(json.loads(backend.to_str())["decoder"]))
+    steps = set(_types(decoder))
     found = _byte_level(names) if "ByteLevel" in steps else _asked(backend, names, has_bytes="ByteFallback" in steps)
     return [found.get(i, b"") for i in range(n_ids)]
 

@@ -45,6 +45,7 @@ class Tokenizer:
         self._backend = backend  # as it is saved: the flags other libraries read
         self._config = dict(config or {})
         spec = json.loads(backend.to_str())
+        self._decoder = spec["decoder"]
         self._text = PlainText(spec, roles={self.named(role) for role in ROLES})
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
@@ -144,9 +145,7 @@ class Tokenizer:
     @functools.cached_property
     def dialect(self) -> Dialect:
         """How conversations are written for the model that this tokenizer belongs to: read from its files."""
-        special = {
-            role: self._name_of(i) for role in (*ROLES, "unk_token") if (i := self.role_id(role)) is not None
-        }
+        special = {role: self._name_of(i) for role in (*ROLES, "unk_token") if (i := self.role_id(role)) is not None}
         template = template_text(self._config.get("chat_template"))
         found = dialect_of(template, special=special, control=self.control_names)
         if found is None:
@@ -183,7 +182,7 @@ class Tokenizer:
     @functools.cached_property
     def bytes_of(self) -> list[bytes]:
         """What each id writes, in bytes; nothing for control tokens."""
-        return token_bytes(self._backend, n_ids=self.vocab_size, control_ids=self.control_ids)
+        return token_bytes(self._backend, self._decoder, n_ids=self.vocab_size, control_ids=self.control_ids)
 
     @property
     def takes_blanks_before(self) -> set[str]:
