@@ -24,6 +24,8 @@ from abyssal.tokens.chat import ThinkingMode, opens_thinking, parse, render
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Conversation, FinishReason, Message, SamplingParams
 
+PREFILL_CHUNK = 256  # prompt tokens of a step: how long those who are being answered wait for somebody's long prompt
+
 
 class Generated(NamedTuple):
     """`logps` are under the model's own distribution, one per id; `text` has no control tokens' marks at its end."""
@@ -53,6 +55,8 @@ class LM:
             max_batch=max_batch,
             record_experts=False,
             vocab_size=tokenizer.vocab_size,
+            prefill_chunk=PREFILL_CHUNK,
+            step_tokens=max_batch + PREFILL_CHUNK,
             invariant=invariant,
             # else a question asked twice could get two answers, a rounding apart; who wants a disk cache accepts that
             prefix_cache=invariant or disk_cache is not None,

@@ -1,0 +1,439 @@
+"""The engine against a model of itself: random lives of many requests, each as if it had been alone.
+
+A case is an engine and a list of things that happen to it: requests arrive (with shared beginnings, siblings,
+namespaces, priorities, ways to draw), steps pass or are cut short, requests are aborted, weights change. After each the
+engine's books must balance; each step must bring somebody on and keep to its tokens; and in the end every answer is
+what one plain sequence gives: no cache, everything computed anew, drawn by the textbook in double precision.
+Letters: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_models import small_model
+
+from abyssal.engine import Engine, QueueFull
+from abyssal.engine.blocks import block_keys
+from abyssal.engine.sampler import COLDEST, uniform_ref
+from abyssal.model.transformer import Transformer
+from abyssal.types import Completion, SamplingParams
+
+CONTEXT, N_VOCAB, EOS = 32, 23, 5
+TINY: dict[str, Any] = {
+    "vocab_size": N_VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
+    "max_position_embeddings": CONTEXT, "initializer_range": 0.3,
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "mla_moe": {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4,
+                "n_routed_experts": 4, "moe_intermediate_size": 8, "first_k_dense_replace": 0},
+    "gqa_dense": {"num_key_value_heads": 1},
+}  # fmt: skip
+BASE = [3, 11, 7, 7, 19, 2, 14, 9, 1, 20, 16, 4]
+PROMPTS = [*(BASE[:n] for n in (1, 4, 5, 8, 9, 12)), [*BASE[:6], 0, 8], [*BASE[:4], 21], [8], [12] * 7]
+WAYS = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(),
+    SamplingParams(temperature=0.7, top_p=0.8),
+    SamplingParams(temperature=1.4, top_k=4, min_p=0.02),
+]
+ROUNDING = 2e-5  # of a probability: FP32 sums in another order differ by a tenth of it
+
+
+# ---- what a request must give, by the textbook ----
+
+
+class Choice(NamedTuple):
+    """The id a plain sequence draws, those it might draw were its sums rounded otherwise, and all log-probs."""
+
+    token: int
+    allowed: frozenset[int]
+    logps_V: np.ndarray
+
+
+@cache
+def weights(kind: str, version: int) -> Transformer:
+    return small_model(kind, seed=version, **TINY | KINDS[kind])
+
+
+@cache
+def plain_logits(kind: str, version: int, ids: tuple[int, ...]) -> np.ndarray:
+    """(V,) after these ids: the whole sequence, and no cache."""
+    model = weights(kind, version)
+    with torch.no_grad():
+        return model.logits(model.hidden(torch.tensor([ids]))[:, -1])[0].double().numpy()
+
+
+@cache
+def plain_choice(kind: str, version: int, ids: tuple[int, ...], way: SamplingParams) -> Choice:
+    """`way.max_tokens` plays no part: it is the same for all."""
+    return choice(plain_logits(kind, version, ids), way, position=len(ids))
+
+
+def choice(logits_V: np.ndarray, way: SamplingParams, *, position: int) -> Choice:
+    logps_V = logits_V - np.logaddexp.reduce(logits_V)
+    if way.temperature == 0:
+        close = logits_V >= logits_V.max() - ROUNDING
+        return Choice(int(logits_V.argmax()), frozenset(close.nonzero()[0].tolist()), logps_V)
+    heat = max(way.temperature, COLDEST)
+    probs_V = np.exp((logits_V - logits_V.max()) / heat)
+    probs_V /= probs_V.sum()
+    number = uniform_ref(way.seed, position)
+    exact, allowed = -1, set()
+    for slack in (0.0, ROUNDING, -ROUNDING):
+        kept_V = np.where(probs_V >= threshold(probs_V, way) * (1 + slack), probs_V, 0.0)
+        ends_V = kept_V.cumsum()
+        target = number * ends_V[-1]
+        starts_V = ends_V - kept_V
+        if not slack:
+            exact = int((ends_V <= target).sum())
+        near_V = (kept_V > 0) & (starts_V <= target + ROUNDING) & (target <= ends_V + ROUNDING)
+        allowed |= set(near_V.nonzero()[0].tolist())
+    return Choice(exact, frozenset(allowed), logps_V)
+
+
+def threshold(probs_V: np.ndarray, way: SamplingParams) -> float:
+    """The least probability that stays: top-k, then top-p of what that left, then min-p."""
+    falling_V = np.sort(probs_V)[::-1]
+    floor = falling_V[way.top_k - 1] if way.top_k else 0.0
+    left = falling_V[falling_V >= floor]
+    if way.top_p < 1:
+        floor = max(floor, left[np.searchsorted(left.cumsum(), way.top_p * left.sum())])
+    return max(floor, way.min_p * falling_V[0])
+
+
+# ---- one case ----
+
+
+@dataclass(frozen=True)
+class Setting:
+    kind: str
+    n_blocks: int
+    block_size: int
+    max_batch: int
+    prefix_cache: bool
+    prefill_chunk: int | None
+    spare_tokens: int | None  # of a step, beyond one for each row
+    prefill_tokens: int
+    max_waiting: int | None
+    ageing_steps: int
+
+
+@dataclass
+class Asked:
+    """One request as the test knows it. `versions[i]` are the weights that drew id i, as far as they have been seen."""
+
+    prompt: list[int]
+    way: SamplingParams
+    namespace: str
+    versions: list[int] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+
+
+class World:
+    """An engine, what was asked of it, and what it has answered."""
+
+    def __init__(self, how: Setting) -> None:
+        self.how, self.version = how, 0
+        self.engine = Engine(
+            weights(how.kind, 0),
+            eos_ids=[EOS],
+            n_blocks=how.n_blocks,
+            block_size=how.block_size,
+            max_batch=how.max_batch,
+            prefix_cache=how.prefix_cache,
+            prefill_chunk=how.prefill_chunk,
+            step_tokens=None if how.spare_tokens is None else how.max_batch + how.spare_tokens,
+            prefill_tokens=how.prefill_tokens,
+            max_waiting=how.max_waiting,
+        )
+        self.engine._scheduler.waiting.ageing_steps = how.ageing_steps
+        self.asked: dict[int, Asked] = {}
+        self.done: dict[int, Completion] = {}
+        self.rounded = Counter()
+        self.n_prefilled = self.n_decoded = 0
+        self._cut_in: int | None = None
+        self._watch()
+
+    def _watch(self) -> None:
+        """Count what is computed, look where it is written, and cut steps short when told to."""
+        runner, pool = self.engine._runner, self.engine._scheduler.pool
+        prefill, decode, hidden = runner.prefill, runner.decode, runner._hidden
+        sharers = [99]  # siblings share their prompt's blocks while it is computed, and nothing that is drawn
+
+        def counted_prefill(chunks: Any) -> Any:
+            self.n_prefilled += sum(len(chunk.ids) for chunk in chunks)
+            return prefill(chunks)
+
+        def counted_decode(ids: np.ndarray, *rest: Any, **named: Any) -> Any:
+            self.n_decoded += ids.size
+            sharers.append(1)
+            try:
+                return decode(ids, *rest, **named)
+            finally:
+                sharers.pop()
+
+        def watched_hidden(batch: Any, *rest: Any, **named: Any) -> Any:
+            written = np.unique(batch.slots_BT // runner.block_size)
+            for block in written[written > 0].tolist():
+                assert 0 < pool._owners[block] <= sharers[-1] and block not in pool._key_of
+            found = hidden(batch, *rest, **named)
+            if self._cut_in is not None:
+                self._cut_in -= 1
+                if self._cut_in < 0:
+                    self._cut_in = None
+                    raise KeyboardInterrupt
+            return found
+
+        runner.prefill, runner.decode, runner._hidden = counted_prefill, counted_decode, watched_hidden
+
+    # -- what happens --
+
+    def add(self, prompt: int, way: int, seed: int, max_tokens: int, namespace: str, priority: int) -> None:
+        asked = Asked(PROMPTS[prompt], replace(WAYS[way], seed=seed, max_tokens=max_tokens), namespace)
+        n_waiting = len(self.engine._scheduler.waiting)
+        try:
+            request = self.engine.add(asked.prompt, asked.way, namespace=namespace, priority=priority)
+        except QueueFull:
+            assert self.how.max_waiting is not None and n_waiting >= self.how.max_waiting
+        except ValueError as error:
+            assert "cache blocks" in str(error)
+            assert -(-(len(asked.prompt) + max_tokens - 1) // self.how.block_size) > self.how.n_blocks - 1
+        else:
+            self.asked[request] = asked
+
+    def abort(self, n: int) -> None:
+        """Any request that was ever asked, ended ones too. (Its blocks must be free at once: see `check_books`.)"""
+        if self.asked:
+            request = sorted(self.asked)[n % len(self.asked)]
+            completion = self.engine.abort(request)
+            assert (completion is None) == (request in self.done or request in self._unclaimed())
+            if completion is not None:
+                assert completion.finish_reason == "aborted"
+                self._end(request, completion)
+
+    def load(self, version: int) -> None:
+        self.version = version
+        self.engine.load_weights(weights(self.how.kind, version))
+
+    def cut(self, after: int) -> None:
+        """Ctrl-C in the midst of a step's computing: nothing is lost, and nothing half done is used."""
+        self._cut_in = after
+        try:
+            self._see(self.engine.step())
+        except KeyboardInterrupt:
+            assert self.engine._scheduler.pool.n_free == self.engine._scheduler.pool.n_usable
+            for request, completion in self._unclaimed().items():
+                self._note(self.asked[request], completion.ids)
+            self._see([])
+        self._cut_in = None
+
+    def step(self) -> None:
+        n_unfinished, how = self.engine.n_unfinished, self.how
+        self.n_prefilled = self.n_decoded = 0
+        n_before = self._n_seen()
+        self._see(self.engine.step())
+        assert self.n_prefilled <= (how.prefill_chunk or CONTEXT * 99)
+        if how.spare_tokens is not None:
+            assert self.n_prefilled + self.n_decoded <= how.max_batch + how.spare_tokens
+        # no starvation: whoever weighs most never gives way, so a step draws an id, or nobody runs and a prompt grows
+        assert not n_unfinished or self._n_seen() > n_before or self.n_prefilled
+
+    def _unclaimed(self) -> dict[int, Completion]:
+        """Ended in a step that was cut short: the next one tells."""
+        return dict(self.engine._unclaimed)
+
+    def _n_seen(self) -> int:
+        return sum(len(asked.seen) for asked in self.asked.values())
+
+    def _see(self, finished: list[Any]) -> None:
+        """Whose ids came with which weights."""
+        for request, completion in finished:
+            self._end(request, completion)
+        for request, asked in self.asked.items():
+            if request not in self.done and request not in self._unclaimed():
+                self._note(asked, self.engine.drawn(request))
+
+    def _note(self, asked: Asked, ids: list[int]) -> None:
+        assert ids[: len(asked.seen)] == asked.seen  # what was handed out stays
+        asked.versions += [self.version] * (len(ids) - len(asked.seen))
+        asked.seen = ids
+
+    def _end(self, request: int, completion: Completion) -> None:
+        assert request not in self.done
+        self.done[request] = completion
+        self._note(self.asked[request], completion.ids)
+        self.check_answer(self.asked[request], completion)
+
+    # -- what must hold --
+
+    def check_answer(self, asked: Asked, completion: Completion) -> None:
+        assert completion.prompt_ids == asked.prompt and len(completion.ids) == len(completion.logps)
+        way = replace(asked.way, max_tokens=1)
+        ids = list(asked.prompt)
+        for token, logp, version in zip(completion.ids, completion.logps, asked.versions, strict=True):
+            want = plain_choice(self.how.kind, version, tuple(ids), way)
+            assert token in want.allowed, f"{token} where a plain sequence draws {want.token} after {ids}"
+            self.rounded[token != want.token] += 1
+            assert abs(logp - want.logps_V[token]) < 1e-4
+            ids.append(token)
+        ended = bool(completion.ids) and completion.ids[-1] == EOS
+        assert EOS not in completion.ids[:-1]
+        if completion.finish_reason == "stop":
+            assert ended
+        elif completion.finish_reason == "length":
+            assert len(completion.ids) == min(asked.way.max_tokens, CONTEXT - len(asked.prompt)) and not ended
+        else:
+            assert completion.finish_reason == "aborted" and not ended
+        if self.how.kind == "mla_moe" and completion.finish_reason != "aborted":
+            assert completion.experts is not None and len(completion.experts) == len(ids) - 1
+
+    def check_books(self) -> None:
+        """Every block has exactly the owners that hold it, and what can be found is what its key says."""
+        engine = self.engine
+        scheduler, rows = engine._scheduler, engine._rows
+        pool, queue, size = scheduler.pool, scheduler.waiting, self.how.block_size
+        running = [rows.sequence_in(row) for row in rows.active.tolist()]
+        waiting = list(queue)
+        assert len(waiting) == len(queue) and not {id(s) for s in waiting} & {id(s) for s in running}
+        assert {s.request_id for s in [*waiting, *running]} == set(engine._sequences)
+        assert set(engine._sequences) == set(self.asked) - set(self.done) - set(self._unclaimed())
+
+        held = [(s.root, rows.blocks_of(s.row), rows.ids_RT[s.row], int(rows.length_R[s.row]) - 1) for s in running]
+        for s in running:
+            assert s.prefix is None and s.row is not None
+            n_slots = int(rows.n_blocks_R[s.row]) * size
+            assert rows.length_R[s.row] - 1 <= n_slots and not rows.blocks_RN[s.row, rows.n_blocks_R[s.row] :].any()
+        prefixes = {id(s.prefix): s.prefix for s in waiting}.values()
+        for prefix in prefixes:
+            assert sorted(s.request_id for s in prefix.waiting) == sorted(
+                s.request_id for s in waiting if s.prefix is prefix
+            )
+            [root] = {s.root for s in prefix.waiting}  # siblings of another namespace are strangers
+            assert (prefix.blocks is not None) == (prefix in scheduler._holding)
+            if prefix.blocks is not None:
+                held.append((root, prefix.blocks, prefix.ids, prefix.n_computed))
+            if prefix.key is not None:
+                assert scheduler._prefixes[prefix.key] is prefix
+        assert len(scheduler._prefixes) == sum(prefix.key is not None for prefix in prefixes)
+        assert set(scheduler._holding) <= set(prefixes)
+
+        owners = np.zeros(self.how.n_blocks, np.int64)
+        roots: dict[int, bytes] = {}
+        for root, blocks, ids, n_computed in held:
+            owners[blocks] += 1
+            for block, key in zip(blocks.tolist(), block_keys(ids[:n_computed], size, root), strict=False):
+                assert pool._key_of.get(block, key) == key
+            for block in blocks.tolist():
+                assert roots.setdefault(block, root) == root  # what one namespace holds no other does
+        assert owners[0] == 0 and (pool._owners == owners).all()
+        empty = pool._empty[: pool._n_empty].tolist()
+        assert sorted([*empty, *pool._idle, *owners.nonzero()[0].tolist()]) == list(range(1, self.how.n_blocks))
+        assert pool.n_free == pool.n_usable - int((owners > 0).sum())
+        assert {key: block for block, key in pool._key_of.items()} == pool._block_of
+        assert set(pool._idle) <= set(pool._key_of) and not set(empty) & set(pool._key_of)
+        assert self.how.prefix_cache or not pool._key_of
+
+        under_way = Counter(s.root for s in [*waiting, *running])
+        assert {r: s.n_unfinished for r, s in queue._spaces.items() if s.n_unfinished} == under_way
+
+    def check_end(self) -> None:
+        """Everybody has answered, and nothing is left of them but what may be found again."""
+        scheduler = self.engine._scheduler
+        assert set(self.done) == set(self.asked) and self.engine.step() == []
+        assert scheduler.pool.n_free == scheduler.pool.n_usable
+        assert not scheduler._prefixes and not scheduler._holding and not len(scheduler.waiting)
+
+
+SETTINGS = st.builds(
+    Setting,
+    kind=st.sampled_from(sorted(KINDS)),
+    n_blocks=st.integers(6, 16),
+    block_size=st.sampled_from([2, 4, 8]),
+    max_batch=st.integers(1, 4),
+    prefix_cache=st.booleans(),
+    prefill_chunk=st.sampled_from([None, 1, 3, 6]),
+    spare_tokens=st.sampled_from([None, 1, 2, 5]),
+    prefill_tokens=st.sampled_from([8, 20, 1000]),
+    max_waiting=st.sampled_from([None, None, None, 2]),
+    ageing_steps=st.sampled_from([1, 3, 512]),
+)
+HAPPENINGS = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("add"),
+            st.integers(0, len(PROMPTS) - 1),
+            st.integers(0, len(WAYS) - 1),
+            st.integers(0, 2),
+            st.integers(1, 6),
+            st.sampled_from(["", "", "b"]),
+            st.sampled_from([0, 0, 0, 1, -1]),
+            st.sampled_from([1, 1, 1, 1, 3]),
+        ),
+        st.tuples(st.just("step"), st.integers(1, 3)),
+        st.tuples(st.sampled_from(["abort", "abort", "load", "cut"]), st.integers(0, 9)),
+    ),
+    min_size=4,
+    max_size=12,
+)
+
+
+def live(how: Setting, happenings: list[tuple[Any, ...]]) -> World:
+    world = World(how)
+    for what, *details in happenings:
+        if what == "add":
+            prompt, way, seed, max_tokens, namespace, priority, n = details
+            for sibling in range(n):
+                world.add(prompt, way, seed + sibling, max_tokens, namespace, priority)
+        elif what == "step":
+            for _ in range(details[0]):
+                world.step()
+                world.check_books()
+        elif what == "abort":
+            world.abort(details[0])
+        elif what == "load":
+            world.load(details[0] % 2)
+        else:
+            world.cut(details[0] % 3)
+        world.check_books()
+    while world.engine.n_unfinished:
+        world.step()
+        world.check_books()
+    world.check_end()
+    return world
+
+
+ROUNDED: Counter[bool] = Counter()  # over all cases: ids drawn otherwise than by the textbook (True), and as it says
+
+
+def cases(n: int) -> Any:
+    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(max_examples=n, deadline=None, suppress_health_check=quiet, database=None)
+
+
+@cases(500)
+@given(SETTINGS, HAPPENINGS)
+def test_every_answer_is_that_of_one_plain_sequence_and_the_books_balance(how: Setting, happenings: list[Any]):
+    ROUNDED.update(live(how, happenings).rounded)
+
+
+@pytest.mark.slow
+@cases(20_000)
+@given(SETTINGS, HAPPENINGS)
+def test_twenty_thousand_cases(how: Setting, happenings: list[Any]):
+    ROUNDED.update(live(how, happenings).rounded)
+
+
+def test_rounding_explains_almost_nothing():
+    """Runs the cases itself where it is run alone, so that no order of tests is needed."""
+    if not ROUNDED:
+        test_every_answer_is_that_of_one_plain_sequence_and_the_books_balance()
+    assert ROUNDED[False] > 1000 * (ROUNDED[True] + 1) / 2
