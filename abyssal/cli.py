@@ -57,9 +57,13 @@ class ChatOptions:
     prompt: str | None = None  # answer this and end
     temperature: float | None = None  # the model's own, or else 0.6
     top_p: float | None = None  # the model's own, or else 0.95
-    max_tokens: int = 256
+    max_tokens: int | None = None  # 256, and as many more as the thinking may take
     seed: int = 0
     thinking: Literal["auto", "on", "off"] = "auto"  # auto: the model decides
+    effort: Literal["low", "medium", "high"] | None = None  # a budget by what this model's right answers need
+    budget: int | None = None  # tokens of thinking, at most
+    min_thinking: int = 0  # tokens of thinking, at least
+    best_of: int = 1  # answers drawn for each that is given: what most of them say
     dtype: Literal["auto", "float32", "bfloat16"] | None = None  # of products; FP32, or auto with weights in few bits
     weights: Literal["compute", "fp8", "int8", "int4"] = "compute"  # compute: in the type of products
     raw: bool = False  # continue the prompt as it stands, its control tokens included, without the chat template
@@ -120,12 +124,12 @@ def chat(arguments: list[str]) -> None:
     params = SamplingParams(
         temperature=own.temperature if options.temperature is None else options.temperature,
         top_p=own.top_p if options.top_p is None else options.top_p,
-        max_tokens=options.max_tokens,
         seed=options.seed,
     )
     talk(
         path,
         params=params,
+        max_tokens=options.max_tokens,
         thinking=options.thinking,
         prompt=options.prompt,
         console=Console(),
@@ -133,6 +137,10 @@ def chat(arguments: list[str]) -> None:
         weights=options.weights,
         raw=options.raw,
         disk_cache=disk_cache(options.cache, max_bytes=options.cache_bytes),
+        effort=options.effort,
+        budget=options.budget,
+        min_thinking=options.min_thinking,
+        best_of=options.best_of,
     )
 
 

@@ -5,24 +5,30 @@ Letters: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from abyssal.checkpoint.load import FORMATS, OnBytes, Weights, load_checkpoint
 from abyssal.checkpoint.own_sampling import R1, Sampling, own_sampling
+from abyssal.checkpoint.own_thinking import Effort, EffortBudget, ThinkingLengths, effort_budget, own_thinking
 from abyssal.checkpoint.packaged import packaged_checkpoint
 from abyssal.engine.disk_cache import DiskCache
 from abyssal.engine.engine import Engine
+from abyssal.engine.vocabulary import Vocabulary
 from abyssal.model.transformer import Transformer
-from abyssal.tokens.chat import ThinkingMode, opens_thinking, parse, render
+from abyssal.reward.majority import answer_key, votes
+from abyssal.tokens.chat import LANDING, ThinkingMode, landing_ids, opens_thinking, parse, render
 from abyssal.tokens.tokenizer import Tokenizer
-from abyssal.types import Conversation, FinishReason, Message, SamplingParams
+from abyssal.types import Conversation, FinishReason, Message, SamplingParams, ThinkingLimits
+
+Judge = Callable[[list[Message]], Sequence[float | None]]  # one number an answer, None where it cannot tell
 
 PREFILL_CHUNK = 256  # prompt tokens of a step: how long those who are being answered wait for somebody's long prompt
 
@@ -36,6 +42,17 @@ class Generated(NamedTuple):
     finish_reason: FinishReason
 
 
+class Best(NamedTuple):
+    """The one of `candidates` that was `chosen`, and what each was worth: votes, or what the judge said; None for one
+    that was cut off or could not be judged. `n_tokens` were drawn for all of them."""
+
+    message: Message
+    chosen: int
+    candidates: list[Message]
+    worth: list[float | None]
+    n_tokens: int
+
+
 class LM:
     def __init__(
         self,
@@ -43,12 +60,14 @@ class LM:
         tokenizer: Tokenizer,
         *,
         sampling: Sampling = R1,
+        thinking_lengths: ThinkingLengths | None = None,
         max_batch: int = 64,
         invariant: bool = False,
         disk_cache: DiskCache | None = None,
     ) -> None:
-        """`sampling` is what `chat` draws with unless it is told otherwise."""
+        """`sampling` is what `chat` draws with unless it is told otherwise, `thinking_lengths` what effort goes by."""
         self.model, self.tokenizer, self.sampling = model.eval(), tokenizer, sampling
+        self.thinking_lengths = thinking_lengths
         self.engine = Engine(
             model,
             eos_ids=sorted(tokenizer.end_ids),
@@ -61,6 +80,7 @@ class LM:
             # else a question asked twice could get two answers, a rounding apart; who wants a disk cache accepts that
             prefix_cache=invariant or disk_cache is not None,
             disk_cache=disk_cache and replace(disk_cache, tokenizer=tokenizer.fingerprint),
+            vocabulary=Vocabulary.of(tokenizer),
         )
         self._ended: dict[int, list[int]] = {}  # ids of answers that ended, until their stream has handed them out
 
@@ -103,20 +123,96 @@ class LM:
         *,
         thinking: ThinkingMode = "auto",
         tools: Sequence[dict[str, Any]] = (),
+        effort: Effort | None = None,
+        budget: int | None = None,
+        min_thinking: int = 0,
     ) -> Message:
-        """The assistant's next message, with `thinking`, `content` and the calls of `tools` (JSON schemas) apart."""
+        """The assistant's next message, with `thinking`, `content` and the calls of `tools` (JSON schemas) apart.
+
+        `budget`: tokens of thinking at most, or an `effort`, which is a budget made for this model. At least
+        `min_thinking`.
+        """
+        limits = self.limits(effort=effort, budget=budget, min_thinking=min_thinking)
         prompt = render(messages, self.tokenizer, add_generation_prompt=True, thinking=thinking, tools=tools).ids
-        room = self.model.config.max_position_embeddings - len(prompt)
-        own = self.sampling
-        params = params or SamplingParams(temperature=own.temperature, top_p=own.top_p, max_tokens=max(1, room))
-        (completion,) = self.engine.generate([prompt], [replace(params)])
+        (completion,) = self.engine.generate([prompt], [params or self._own_params(prompt)], thinking=limits)
         return parse(completion.ids, self.tokenizer, thinking_open=opens_thinking(prompt, self.tokenizer))
 
-    def stream(self, prompt_ids: list[int], params: SamplingParams) -> Iterator[int]:
-        """The ids of one answer as they are drawn; leaving the loop early frees what it held."""
-        request = self.engine.add(prompt_ids, params)
+    def best(
+        self,
+        messages: Conversation,
+        n: int,
+        *,
+        by: Literal["majority"] | Judge = "majority",
+        params: SamplingParams | None = None,
+        thinking: ThinkingMode = "auto",
+        limits: ThinkingLimits | None = None,
+    ) -> Best:
+        """Draw `n` answers and keep one: what most of them say, or what a judge finds best. The first of equals.
+
+        `by` is a verifier or a reward model, given the answers that came to their end. `limits` come from `limits`.
+        """
+        if n < 1:
+            raise ValueError(f"n={n} answers leave nothing to choose from; draw 1 or more")
+        limits = limits or self.limits()
+        prompt = render(messages, self.tokenizer, add_generation_prompt=True, thinking=thinking).ids
+        completions = self.engine.generate([prompt] * n, params or self._own_params(prompt), thinking=limits)
+        is_open = opens_thinking(prompt, self.tokenizer)
+        candidates = [parse(c.ids, self.tokenizer, thinking_open=is_open) for c in completions]
+        whole = [i for i, c in enumerate(completions) if c.finish_reason == "stop"]
+        worth: list[float | None] = [None] * n
+        if by == "majority":
+            found: Sequence[float | None] = votes([answer_key(candidates[i].content) for i in whole])
+        else:
+            found = by([candidates[i] for i in whole])
+        for i, value in zip(whole, found, strict=True):
+            worth[i] = value
+        chosen = max(range(n), key=lambda i: (-math.inf if worth[i] is None else worth[i], -i))
+        return Best(candidates[chosen], chosen, candidates, worth, sum(len(c.ids) for c in completions))
+
+    def limits(
+        self, *, effort: Effort | None = None, budget: int | None = None, min_thinking: int = 0
+    ) -> ThinkingLimits | None:
+        """What an answer may think. Loops are closed in any case; None for a model that cannot mark its thinking."""
+        if effort is not None and budget is not None:
+            raise ValueError(f"effort={effort!r} is a budget, and budget={budget} another; give one of them")
+        if not self.tokenizer.has_thinking and effort is None and budget is None and not min_thinking:
+            return None
+        if effort is not None:
+            budget = self.effort(effort).budget
+        return ThinkingLimits(budget=budget, at_least=min_thinking, landing=self._landing)
+
+    def effort(self, effort: Effort) -> EffortBudget:
+        """What an effort means for this model."""
+        context = self.model.config.max_position_embeddings
+        return effort_budget(effort, self.thinking_lengths, landing=len(self._landing), context=context)
+
+    @property
+    def _landing(self) -> tuple[int, ...]:
+        known = self.thinking_lengths
+        return landing_ids(self.tokenizer, LANDING if known is None or known.landing is None else known.landing)
+
+    def _own_params(self, prompt: list[int]) -> SamplingParams:
+        room = self.model.config.max_position_embeddings - len(prompt)
+        return SamplingParams(
+            temperature=self.sampling.temperature, top_p=self.sampling.top_p, max_tokens=max(1, room)
+        )
+
+    def stream(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        limits: ThinkingLimits | None = None,
+        on_start: Callable[[int], None] = lambda request_id: None,
+    ) -> Iterator[int]:
+        """The ids of one answer as they are drawn; leaving the loop early frees what it held.
+
+        `on_start` is told the request, for `engine.answer_now`.
+        """
+        request = self.engine.add(prompt_ids, params, thinking=limits)
         n_seen = 0
         try:
+            on_start(request)
             while request not in self._ended:
                 self._ended |= {finished.request_id: finished.completion.ids for finished in self.engine.step()}
                 drawn = self._ended[request] if request in self._ended else self.engine.drawn(request)
@@ -155,4 +251,11 @@ def load(
     loaded = load_checkpoint(path, dtype=dtype, device=device, weights=weights, on_bytes=on_bytes)
     if loaded.tokenizer is None:
         raise FileNotFoundError(f"{directory} has no tokenizer.json: copy the model's tokenizer files into it")
-    return LM(loaded.model, loaded.tokenizer, sampling=own_sampling(path), invariant=invariant, disk_cache=disk_cache)
+    return LM(
+        loaded.model,
+        loaded.tokenizer,
+        sampling=own_sampling(path),
+        thinking_lengths=own_thinking(path),
+        invariant=invariant,
+        disk_cache=disk_cache,
+    )

@@ -1,27 +1,47 @@
-"""A conversation in the terminal: thinking dimmed, the answer bright, both as they are drawn."""
+"""A conversation in the terminal: thinking dimmed, the answer bright, both as they are drawn.
+
+Ctrl-C while it thinks asks for the answer now; a second one, or one at any other time, ends the program.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import signal
+import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.markup import escape
 
 from abyssal.checkpoint.load import Weights
+from abyssal.checkpoint.own_thinking import Effort
 from abyssal.engine.disk_cache import DiskCache
 from abyssal.lm import LM, load
 from abyssal.machine import leave_busy_cores
 from abyssal.progress import bytes_bar
 from abyssal.tokens.bpe import END_THINK, THINK
 from abyssal.tokens.chat import ThinkingMode, opens_thinking, parse, render
-from abyssal.types import Conversation, Message, SamplingParams
+from abyssal.types import Conversation, Message, SamplingParams, ThinkingLimits
+
+ROOM = 256  # tokens for an answer, beside those for its thinking where they are limited
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manner:
+    """How answers are drawn. `best_of`: so many for each that is given, and the majority decides."""
+
+    params: SamplingParams
+    thinking: ThinkingMode = "auto"
+    limits: ThinkingLimits | None = None
+    best_of: int = 1
 
 
 def talk(
     directory: Path,
     *,
     params: SamplingParams,
+    max_tokens: int | None = None,
     thinking: ThinkingMode,
     prompt: str | None,
     console: Console,
@@ -29,21 +49,37 @@ def talk(
     weights: Weights = "compute",
     raw: bool = False,
     disk_cache: DiskCache | None = None,
+    effort: Effort | None = None,
+    budget: int | None = None,
+    min_thinking: int = 0,
+    best_of: int = 1,
 ) -> None:
     """Answer `prompt` and return, or read questions until an empty line or the end of input. /new starts over.
 
     With `raw`, `prompt` is continued as it stands, and control tokens that it spells are control tokens.
+    `max_tokens` None: ROOM, and what the thinking may take.
     """
     if raw and prompt is None:
         raise ValueError("--raw continues a text, not a conversation; give the text with --prompt")
+    if raw and best_of > 1:
+        raise ValueError(f"--raw continues a text; --best-of {best_of} chooses among answers: leave one of them out")
+    if best_of < 1:
+        raise ValueError(f"--best-of {best_of} leaves nothing to choose from; give 1 or more")
     leave_busy_cores()
     with bytes_bar(f"loading {directory}", console) as on_bytes:
         lm = load(directory, dtype=dtype, weights=weights, disk_cache=disk_cache, on_bytes=on_bytes)
+        lm = load(directory, dtype=dtype, weights=weights, on_bytes=on_bytes)
+    limits = lm.limits(effort=effort, budget=budget, min_thinking=min_thinking)
+    params = replace(params, max_tokens=answer_room(max_tokens, limits))
+    if effort is not None:
+        known = lm.effort(effort)
+        console.print(f"[dim]effort {effort}: {known.budget:,} tokens of thinking; {known.why}[/dim]", highlight=False)
+    manner = Manner(params=params, thinking=thinking, limits=limits, best_of=best_of)
     if raw and prompt is not None:
-        spoken(lm, lm.prompt_ids(prompt, raw=True), params=params, in_thought=False, console=console)
+        spoken(lm, lm.prompt_ids(prompt, raw=True), manner, in_thought=False, console=console)
         return
     if prompt is not None:
-        answer(lm, [Message(role="user", content=prompt)], params=params, thinking=thinking, console=console)
+        answer(lm, [Message(role="user", content=prompt)], manner, console=console)
         return
     console.print(f"[dim]{escape(str(directory))}; an empty line ends, /new starts over[/dim]", highlight=False)
     conversation: Conversation = []
@@ -60,45 +96,97 @@ def talk(
             continue
         asked = [*conversation, Message(role="user", content=text)]
         turn += 1
+        own = replace(manner, params=replace(params, seed=params.seed + turn))
         try:  # a question too long for the context ends this turn, not the conversation
-            said = answer(
-                lm, asked, params=replace(params, seed=params.seed + turn), thinking=thinking, console=console
-            )
+            said = answer(lm, asked, own, console=console)
         except ValueError as error:
             console.print(f"[red]{escape(str(error))}[/red]")
             continue
         conversation = [*asked, said]
 
 
-def answer(
-    lm: LM, conversation: Conversation, *, params: SamplingParams, thinking: ThinkingMode, console: Console
-) -> Message:
-    """Draw one answer and print it token by token."""
-    prompt = render(conversation, lm.tokenizer, add_generation_prompt=True, thinking=thinking).ids
+def answer_room(max_tokens: int | None, limits: ThinkingLimits | None) -> int:
+    """Tokens for thinking and answer together. What would leave no room for the answer is refused."""
+    thinking = 0 if limits is None else max(limits.at_least, limits.budget or 0)
+    if max_tokens is None:
+        return ROOM + thinking
+    if thinking + 2 >= max_tokens > 0 and thinking:  # the two marks
+        raise ValueError(
+            f"{thinking} tokens of thinking leave no room for an answer in --max-tokens {max_tokens}; give at least "
+            f"{thinking + 3} or leave it out"
+        )
+    return max_tokens
+
+
+def answer(lm: LM, conversation: Conversation, manner: Manner, *, console: Console) -> Message:
+    """Draw one answer and print it token by token; or draw several and print the one that is kept."""
+    if manner.best_of > 1:
+        return chosen(lm, conversation, manner, console=console)
+    prompt = render(conversation, lm.tokenizer, add_generation_prompt=True, thinking=manner.thinking).ids
     thought = opens_thinking(prompt, lm.tokenizer)
-    ids = spoken(lm, prompt, params=params, in_thought=thought, console=console)
+    ids = spoken(lm, prompt, manner, in_thought=thought, console=console)
     return parse(ids, lm.tokenizer, thinking_open=thought)
 
 
-def spoken(lm: LM, prompt: list[int], *, params: SamplingParams, in_thought: bool, console: Console) -> list[int]:
+def chosen(lm: LM, conversation: Conversation, manner: Manner, *, console: Console) -> Message:
+    best = lm.best(
+        conversation, manner.best_of, params=manner.params, thinking=manner.thinking, limits=manner.limits
+    )
+    if best.message.thinking:
+        console.print(best.message.thinking, style="dim", markup=False, highlight=False)
+    console.print(best.message.content, style="bold", markup=False, highlight=False)
+    n_same = best.worth[best.chosen]
+    said = "none came to its end" if n_same is None else f"{n_same:.0f} of {manner.best_of} answers say so"
+    console.print(f"[dim]{said}; {best.n_tokens:,} tokens[/dim]", highlight=False)
+    return best.message
+
+
+class Hurry:
+    """Inside the block the first Ctrl-C during thinking is a wish, `wanted`, and not the end of the program."""
+
+    def __init__(self, *, in_thought: bool) -> None:
+        self.in_thought, self.wanted = in_thought, False
+        self._is_main = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handler
+
+    def __enter__(self) -> Hurry:
+        if self._is_main:
+            self._before = signal.signal(signal.SIGINT, self._interrupted)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_main:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        if self.wanted or not self.in_thought:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+
+def spoken(lm: LM, prompt: list[int], manner: Manner, *, in_thought: bool, console: Console) -> list[int]:
     """The ids drawn after a prompt, printed as they come."""
     ids: list[int] = []
     piece: list[int] = []  # since the last control token
     printed = ""
-    for token in lm.stream(prompt, params):
-        ids.append(token)
-        if token in lm.tokenizer.control_ids:
-            if token == lm.tokenizer.find(END_THINK) and in_thought:
-                console.print()
-            in_thought = token == lm.tokenizer.find(THINK)
-            piece, printed = [], ""
-            continue
-        piece.append(token)
-        text = lm.tokenizer.decode(piece)
-        if not text.endswith("\ufffd"):  # half a character: wait for the rest
-            console.print(
-                text[len(printed) :], style="dim" if in_thought else "bold", end="", markup=False, highlight=False
-            )
-            printed = text
+    requests: list[int] = []
+    with Hurry(in_thought=in_thought) as hurry:
+        for token in lm.stream(prompt, manner.params, limits=manner.limits, on_start=requests.append):
+            ids.append(token)
+            if token in lm.tokenizer.control_ids:
+                if token == lm.tokenizer.find(END_THINK) and hurry.in_thought:
+                    hurry.in_thought = False
+                    console.print()
+                elif token == lm.tokenizer.find(THINK) and len(ids) == 1:
+                    hurry.in_thought = True
+                piece, printed = [], ""
+                continue
+            if hurry.wanted:
+                lm.engine.answer_now(requests[0])
+            piece.append(token)
+            text = lm.tokenizer.decode(piece)
+            if not text.endswith("\ufffd"):  # half a character: wait for the rest
+                style = "dim" if hurry.in_thought else "bold"
+                console.print(text[len(printed) :], style=style, end="", markup=False, highlight=False)
+                printed = text
     console.print()
     return ids

@@ -33,3 +33,19 @@ def small_model(kind: str = "mla_moe", *, seed: int = 0, dtype: torch.dtype = to
 def random_prompts(lengths: list[int], *, seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, N_VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def thinking_model(kind: str = "mla_moe", *, opens_behind: int, think: int, never: list[int],
+                   **changes: object) -> Transformer:
+    """A model that opens its thinking behind one id, for that lights a feature that it alone has, and never says some
+    ids: the marks that would end its thinking, say."""
+    model = small_model(kind, **changes)
+    with torch.no_grad():
+        model.embed_tokens.weight[:, 1] = 0.0
+        model.embed_tokens.weight[opens_behind, 1] = 20.0
+        model.lm_head.weight[:, 1] = 0.0
+        model.lm_head.weight[think, 1] = 3.0
+        model.embed_tokens.weight[:, 2] = 5.0  # a feature of every id
+        model.lm_head.weight[:, 2] = 0.0
+        model.lm_head.weight[never, 2] = -20.0
+    return model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import N_VOCAB, random_prompts, small_model
+from small_models import N_VOCAB, random_prompts, small_model, thinking_model
 
 from abyssal.engine import Engine
 from abyssal.engine.thinking import ThinkingControl, phase_behind, thought
@@ -100,7 +100,7 @@ def test_a_budget_lands_softly_and_is_used_up_to_the_token():
 def test_a_minimum_opens_the_thinking_and_holds_its_end_off():
     ids = play(ThinkingControl(limits(at_least=3), WORDS, FREE), [7, END_THINK, EOS, END_THINK, END_THINK, 8], n=6)
     assert ids == [THINK, 0, 0, 0, END_THINK, 8]
-    with pytest.raises(ValueError, match="the prompt has closed it; ask with thinking='auto'"):
+    with pytest.raises(ValueError, match="the prompt has closed it; ask with thinking='on'"):
         ThinkingControl(limits(at_least=3), WORDS, CLOSED)
 
 
@@ -168,18 +168,9 @@ def test_an_answer_that_nobody_controlled_is_counted_in_the_same_way():
         assert thought(prompt, ids, WORDS) == control.report
 
 
-def thinker(kind="mla_moe", **changes):
+def thinker(**changes):
     """A model for which thinking is everything: without limits it opens with <think> and never closes."""
-    model = small_model(kind, **changes)
-    with torch.no_grad():
-        model.embed_tokens.weight[:, 1] = 0.0
-        model.embed_tokens.weight[USER, 1] = 20.0
-        model.lm_head.weight[:, 1] = 0.0
-        model.lm_head.weight[THINK, 1] = 3.0
-        model.embed_tokens.weight[:, 2] = 5.0  # of every token
-        model.lm_head.weight[:, 2] = 0.0
-        model.lm_head.weight[[END_THINK, EOS], 2] = -20.0
-    return model
+    return thinking_model(opens_behind=USER, think=THINK, never=[END_THINK, EOS], **changes)
 
 
 def run(engine, requests):

@@ -36,7 +36,7 @@ ExportFormat = Literal["bf16", "fp8", "int8", "int4"]
 # what a tokenizer and its defaults may consist of; copied as they are where they lie beside the weights
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "generation_config.json",
+    "merges.txt", "chat_template.jinja", "generation_config.json", "thinking.json",
 )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class ThinkingControl:
         self._begins = phase_behind(prompt_ids, vocabulary)
         if limits.at_least and self._begins == "closed":
             raise ValueError(
-                f"at_least={limits.at_least} tokens of thinking, and the prompt has closed it; ask with thinking='auto'"
+                f"at_least={limits.at_least} tokens of thinking, and the prompt has closed it; ask with thinking='on'"
             )
         self._limits, self._end_ids = limits, vocabulary.end_ids
         self._loops = Loops() if limits.stop_loops else None

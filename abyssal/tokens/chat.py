@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from abyssal.tokens.tokenizer import Tokenizer
 
 
+LANDING = "\n\nTime is up; the answer follows.\n"  # the last words of thinking that is cut short
+
+
 class Rendered(NamedTuple):
     """`mask` is 1 exactly where the assistant speaks, its end token included."""
 
@@ -165,6 +168,11 @@ def opens_thinking(prompt_ids: list[int], tokenizer: Tokenizer) -> bool:
     """Whether a prompt ends inside thinking, so that an answer begins there."""
     marks = {tokenizer.find(THINK): True, tokenizer.find(END_THINK): False, tokenizer.eos_id: False}
     return next((marks[token] for token in reversed(prompt_ids) if token in marks), False)
+
+
+def landing_ids(tokenizer: Tokenizer, text: str = LANDING) -> tuple[int, ...]:
+    """Last words as they stand behind whatever was thought."""
+    return tuple(tokenizer.encode_after(text)) if text else ()
 
 
 def split_thinking(text: str) -> tuple[str | None, str]:
