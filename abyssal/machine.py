@@ -85,3 +85,10 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def cache_directory() -> Path:
+    """$ABYSSAL_CACHE, or where this system keeps what can be fetched again."""
+    if own := os.environ.get("ABYSSAL_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "abyssal"

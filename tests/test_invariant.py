@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -63,23 +64,23 @@ def differs(one: list[Completion], other: list[Completion]) -> str:
     return ""
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("kind, dtype", MODES)
-def test_the_same_bits_whatever_else_happens(kind: str, dtype: torch.dtype):
+def test_the_same_bits_whatever_else_happens(kind: str, dtype: torch.dtype, native: bool):
     model = model_of(kind, dtype)
-    engine = Engine(model, eos_ids=[], invariant=True, record_sampling=True)
-    assert engine._runner._passes == Passes()  # no fallback: long passes are safe here
+    engine_of = partial(Engine, native=native, invariant=not native)  # the native path is so without being asked
+    engine = engine_of(model, eos_ids=[], record_sampling=True)
+    assert engine._runner._passes == (None if native else Passes())  # no fallback: long passes are safe here
     alone = [engine.generate([PROMPT], [own])[0] for own in HOW]
     assert len({tuple(c.ids) for c in alone}) == 3  # else little is shown
     assert not differs(alone, among_others(engine))
-    chunked = Engine(
-        model, eos_ids=[], invariant=True, max_batch=9, prefill_chunk=37, block_size=8, record_sampling=True
-    )
+    chunked = engine_of(model, eos_ids=[], max_batch=9, prefill_chunk=37, block_size=8, record_sampling=True)
     assert not differs(alone, among_others(chunked))
-    single = Engine(model, eos_ids=[], invariant=True, max_batch=3, prefill_chunk=1)
+    single = engine_of(model, eos_ids=[], max_batch=3, prefill_chunk=1)
     alone = unrecorded(alone)
     assert not differs(alone, single.generate([PROMPT] * 3, HOW))
 
-    cached = Engine(model, eos_ids=[], invariant=True, prefix_cache=True, block_size=4)
+    cached = engine_of(model, eos_ids=[], prefix_cache=True, block_size=4)
     cached.generate(*others())
     assert not differs(alone, among_others(cached))
     n_found = cached.prefix_stats.n_found
@@ -87,7 +88,7 @@ def test_the_same_bits_whatever_else_happens(kind: str, dtype: torch.dtype):
     assert cached.prefix_stats.n_found - n_found == 3 * 68
 
     for prefix_cache in (False, True):
-        small = Engine(model, eos_ids=[], invariant=True, n_blocks=27, block_size=4, prefix_cache=prefix_cache)
+        small = engine_of(model, eos_ids=[], n_blocks=27, block_size=4, prefix_cache=prefix_cache)
         preempted = watched_preemptions(small)
         assert not differs(alone, small.generate([PROMPT] * 3, HOW))
         assert preempted
@@ -106,7 +107,7 @@ def watched_preemptions(engine: Engine) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["mla_moe_query_latent", "gqa_dense"])
 def test_engine_and_trainer_agree(kind: str):
-    engine = Engine(model_of(kind, torch.float32), eos_ids=[], invariant=True)
+    engine = Engine(model_of(kind, torch.float32), eos_ids=[], invariant=True, native=False)
     gap = agreement(model_of(kind, torch.float32), engine.generate(*others()))
     assert gap.n_compared == gap.n_tokens == sum(own.max_tokens for own in others()[1]) and gap.n_flipped == 0
     assert gap.max <= 1e-5
@@ -117,7 +118,7 @@ def test_the_trainers_model_stays_as_it_is_and_new_weights_are_used():
     ids_BT = torch.tensor([PROMPT])
     with torch.no_grad():
         before = model.hidden(ids_BT)
-        engine = Engine(model, eos_ids=[], invariant=True, prefix_cache=True)
+        engine = Engine(model, eos_ids=[], invariant=True, prefix_cache=True, native=False)
         assert torch.equal(model.hidden(ids_BT), before)
     assert engine._runner.model is not model
     assert engine._runner.model.layers[0].self_attn.o_proj.weight is model.layers[0].self_attn.o_proj.weight
@@ -125,7 +126,8 @@ def test_the_trainers_model_stays_as_it_is_and_new_weights_are_used():
     model.load_state_dict(other.state_dict())  # as an optimizer does: in place
     engine.load_weights(model)
     assert not differs(
-        engine.generate([PROMPT] * 3, HOW), Engine(other, eos_ids=[], invariant=True).generate([PROMPT] * 3, HOW)
+        engine.generate([PROMPT] * 3, HOW),
+        Engine(other, eos_ids=[], invariant=True, native=False).generate([PROMPT] * 3, HOW),
     )
 
 
@@ -138,7 +140,7 @@ def test_where_longer_passes_change_bits_passes_stay_at_eight(monkeypatch: pytes
         return plain(self, x) * (1 + 1e-6 * n_rows)
 
     monkeypatch.setattr(Linear, "forward", by_rows)
-    engine = Engine(model_of("mla_moe_query_latent", torch.float32), eos_ids=[], invariant=True)
+    engine = Engine(model_of("mla_moe_query_latent", torch.float32), eos_ids=[], invariant=True, native=False)
     assert engine._runner._passes == Passes(piece=1, most_tokens=8)
     alone = [engine.generate([PROMPT], [own])[0] for own in HOW]
     assert not differs(alone, among_others(engine))

@@ -163,28 +163,42 @@ def test_a_half_computed_prompt_gives_way_to_running_answers_and_begins_again():
 def watched_writes(engine: Engine) -> list[int]:
     """Counts writes; fails on one into a block with two owners or one that can be found."""
     pool, runner, writes = engine._scheduler.pool, engine._runner, []
-    hidden = runner._hidden
+    native, run, hidden = runner._native, runner._native and runner._native._run, runner._hidden
 
-    def checked(batch):
-        blocks = np.unique(batch.slots_BT // runner.block_size)
+    def checked(blocks):
+        blocks = np.unique(blocks)
         for block in blocks[blocks > 0].tolist():
             assert pool._owners[block] == 1 and block not in pool._key_of
         writes.append(len(blocks))
+
+    def run_checked(tokens, *args, **settings):
+        checked(tokens.blocks_RN[tokens.rows_N, tokens.positions_N // runner.block_size])
+        return run(tokens, *args, **settings)
+
+    def hidden_checked(batch):
+        checked(batch.slots_BT // runner.block_size)
         return hidden(batch)
 
-    runner._hidden = checked
+    if native:
+        native._run = run_checked
+    else:
+        runner._hidden = hidden_checked
     return writes
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("prefill_chunk", [None, 3, 8])
-def test_answers_after_a_hit_equal_plain_ones_and_shared_blocks_are_not_written(kind: str, prefill_chunk: int | None):
+@pytest.mark.parametrize("prefill_chunk, native", [(None, True), (3, True), (8, True), (3, False)])
+def test_answers_after_a_hit_equal_plain_ones_and_shared_blocks_are_not_written(
+    kind: str, prefill_chunk: int | None, native: bool
+):
     model = small_model(kind)
     [head] = random_prompts([20])
     prompts = [head + tail for tail in random_prompts([1, 4, 9], seed=1)]
     each = [SamplingParams(max_tokens=9, seed=i) for i in range(3)]
     want = [plain(model, p, own) for p, own in zip(prompts, each, strict=True)]
-    engine = Engine(model, eos_ids=[], block_size=4, prefix_cache=True, prefill_chunk=prefill_chunk)
+    engine = Engine(
+        model, eos_ids=[], block_size=4, prefix_cache=True, prefill_chunk=prefill_chunk, native=native
+    )
     writes = watched_writes(engine)
     first = engine.generate(prompts[:1], each[:1])
     assert engine.prefix_stats == PrefixStats(21, 0)
@@ -242,15 +256,15 @@ def test_a_step_cut_short_loses_no_answer_and_leaves_nothing_to_find():
     requests = [engine.add(prompts[0], each[0])]
     engine.step()
     requests.append(engine.add(prompts[1], each[1]))
-    hidden = engine._runner.model.hidden
+    prefill = engine._runner.prefill
 
     def interrupted(*args: object, **settings: object) -> torch.Tensor:
         raise KeyboardInterrupt
 
-    engine._runner.model.hidden = interrupted
+    engine._runner.prefill = interrupted
     with pytest.raises(KeyboardInterrupt):
         engine.step()
-    engine._runner.model.hidden = hidden
+    engine._runner.prefill = prefill
     finished: dict = {}
     while engine.n_unfinished:
         finished |= dict(engine.step())

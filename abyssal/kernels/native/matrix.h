@@ -1,0 +1,171 @@
+// Rows times a packed matrix. Every output is summed over k in one order, whatever the number of rows or threads and
+// wherever the row stands: in blocks of `block` products, one fused multiply-add after the other within a block, then
+// block after block, after the bias. That is also the order of MKL's products, so where `block` is the machine's own
+// (see order_of_sums in engine/native.py) a row has the bits that torch gives it.
+// Letters: N outputs, K inputs, P panels of 16 outputs.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "vectors.h"
+
+namespace abyssal {
+
+constexpr int PANEL = 16;             // outputs side by side in memory
+constexpr int PARTS = PANEL / FLOATS;  // vectors of a panel
+constexpr int MOST_ROWS = 6;          // rows of one tile: what the registers of AVX2 hold
+
+template <class S>
+class Buffer {
+  public:
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer() { std::free(at_); }
+    // Room for n numbers; what was there is lost if it has to grow.
+    S* sized(int64_t n) {
+        if (n > size_) {
+            std::free(at_);
+            const size_t bytes = (size_t(n) * sizeof(S) + 127) / 64 * 64;
+            at_ = static_cast<S*>(std::aligned_alloc(64, bytes));
+            if (!at_) throw std::bad_alloc();
+            std::memset(static_cast<void*>(at_), 0, bytes);
+            size_ = n;
+        }
+        return at_;
+    }
+    S* get() const { return at_; }
+
+  private:
+    S* at_ = nullptr;
+    int64_t size_ = 0;
+};
+
+// Where numbers come from: a contiguous (rows, K) tensor of torch.
+struct Source {
+    const void* at;
+    bool is_bf16;
+    float operator[](int64_t i) const {
+        return is_bf16 ? number(static_cast<const bf16*>(at)[i]) : static_cast<const float*>(at)[i];
+    }
+};
+
+// (N, K) as panels: [P][K][16]. T is what the numbers are kept in.
+template <class T>
+struct Matrix {
+    int64_t n = 0, k = 0, block = 0, n_panels = 0;
+    Buffer<T> panels;
+    Buffer<float> bias_N;
+    bool has_bias = false;
+
+    void shape(int64_t outputs, int64_t inputs, int64_t sum_block) {
+        n = outputs, k = inputs, block = sum_block, n_panels = (n + PANEL - 1) / PANEL;
+        panels.sized(n_panels * k * PANEL);
+    }
+    const T* panel(int64_t p) const { return panels.get() + p * k * PANEL; }
+    // One row of the matrix into its lane.
+    void put(int64_t row, const Source& source, int64_t source_row) {
+        T* to = panels.get() + row / PANEL * k * PANEL + row % PANEL;
+        if (source.is_bf16) {
+            const bf16* from = static_cast<const bf16*>(source.at) + source_row * k;
+            for (int64_t i = 0; i < k; i++) to[i * PANEL] = stored<T>(number(from[i]));
+        } else {
+            const float* from = static_cast<const float*>(source.at) + source_row * k;
+            for (int64_t i = 0; i < k; i++) to[i * PANEL] = stored<T>(from[i]);
+        }
+    }
+    void put_bias(int64_t first, const Source& source, int64_t count) {
+        has_bias = true;
+        float* to = bias_N.sized(n_panels * PANEL);
+        for (int64_t i = 0; i < count; i++) to[first + i] = rounded<T>(source[i]);
+    }
+};
+
+// ROWS rows times SIDE panels -> out[row][panel][16].
+template <class T, int ROWS, int SIDE>
+inline void tile(const float* const* rows, const Matrix<T>& w, int64_t first, float* out) {
+    constexpr int V = SIDE * PARTS;
+    const float* a[ROWS];
+    for (int r = 0; r < ROWS; r++) a[r] = rows[r];
+    const T* b[SIDE];
+    for (int s = 0; s < SIDE; s++) b[s] = w.panel(first + s);
+    const int64_t k = w.k, block = w.block;
+    const float* bias = w.has_bias ? w.bias_N.get() + first * PANEL : nullptr;
+    for (int64_t start = 0; start < k; start += block) {
+        const int64_t end = std::min(start + block, k);
+        Floats sum[ROWS][V];
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) sum[r][v] = Floats{};
+        for (int64_t i = start; i < end; i++) {
+            Floats y[V];
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) y[v] = load<Floats>(b[v / PARTS] + i * PANEL + v % PARTS * FLOATS);
+#pragma GCC unroll 6
+            for (int r = 0; r < ROWS; r++) {
+                const Floats x = all<Floats>(a[r][i]);
+#pragma GCC unroll 8
+                for (int v = 0; v < V; v++) sum[r][v] = fma(x, y[v], sum[r][v]);
+            }
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) {
+                float* to = out + r * SIDE * PANEL + v * FLOATS;
+                if (start) sum[r][v] = load<Floats>(to) + sum[r][v];
+                else if (bias) sum[r][v] = load<Floats>(bias + v * FLOATS) + sum[r][v];
+                store(to, sum[r][v]);
+            }
+    }
+}
+
+// `done(row, panel, out16)` is told each row's 16 outputs of each panel from `first` to `end`. Two neighbouring panels
+// of one row always come one after the other when `first` and `end` are even.
+template <class T, class Done>
+void multiply(const float* const* rows, int64_t n_rows, const Matrix<T>& w, int64_t first, int64_t end, const Done& done) {
+    const int64_t n_tiles = (n_rows + MOST_ROWS - 1) / MOST_ROWS;
+    alignas(64) float out[MOST_ROWS * 8 * PANEL];
+    auto some = [&]<int ROWS, int SIDE>(int64_t start) {
+        tile<T, ROWS, SIDE>(rows + start, w, first, out);
+        for (int r = 0; r < ROWS; r++)
+            for (int s = 0; s < SIDE; s++) done(start + r, first + s, out + (r * SIDE + s) * PANEL);
+        return SIDE;
+    };
+    while (first < end) {
+        const int64_t left = end - first;
+        int side = 1;
+        for (int64_t t = 0; t < n_tiles; t++) {
+            const int64_t start = n_rows * t / n_tiles, count = n_rows * (t + 1) / n_tiles - start;
+            if (n_rows == 1) {  // enough sums at a time to hide the time that each takes
+                if (PARTS == 1 && left >= 8) side = some.template operator()<1, 8>(start);
+                else if (left >= 4) side = some.template operator()<1, 4>(start);
+                else if (left >= 2) side = some.template operator()<1, 2>(start);
+                else side = some.template operator()<1, 1>(start);
+                continue;
+            }
+            const bool two = left >= 2 && n_rows <= (PARTS == 1 ? 6 : 3);
+            side = two ? 2 : 1;
+            switch (count * 2 + two) {
+                case 2: some.template operator()<1, 1>(start); break;
+                case 3: some.template operator()<1, 2>(start); break;
+                case 4: some.template operator()<2, 1>(start); break;
+                case 5: some.template operator()<2, 2>(start); break;
+                case 6: some.template operator()<3, 1>(start); break;
+                case 7: some.template operator()<3, 2>(start); break;
+                case 8: some.template operator()<4, 1>(start); break;
+                case 9: some.template operator()<4, 2>(start); break;
+                case 10: some.template operator()<5, 1>(start); break;
+                case 11: some.template operator()<5, 2>(start); break;
+                case 12: some.template operator()<6, 1>(start); break;
+                case 13: some.template operator()<6, 2>(start); break;
+            }
+        }
+        first += side;
+    }
+}
+
+}  // namespace abyssal
