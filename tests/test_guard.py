@@ -252,12 +252,14 @@ def test_weights_that_give_no_numbers_end_all_and_the_engine_goes_on():
     saved = weight.detach().clone()
     with torch.no_grad():
         weight.fill_(float("nan"))
+    engine.load_weights(model)
     for completion in engine.generate(prompts, params):
         assert completion.finish_reason == "error"
         with pytest.raises(RequestError, match="if all others end so too, load other weights"):
             completion.checked()
     with torch.no_grad():
         weight.copy_(saved)
+    engine.load_weights(model)
     same(engine.generate(prompts, params), [(c.ids, c.logps) for c in want])
     assert want[0].checked() is want[0] and all_free(engine)
 

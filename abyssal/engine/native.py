@@ -14,6 +14,7 @@ import ctypes
 import functools
 import re
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -115,6 +116,8 @@ class NativeForward:
         self._library = _library(model.dtype)
         blocks = sum_blocks(self._library, _widths(config), known=model.dtype == torch.float32)
         inputs, sums = (np.array(list(numbers), np.int64) for numbers in (blocks, blocks.values()))
+        # the library's name stands for its source, its compiler's flags and the CPU
+        self.numerics = f"{Path(self._library._name).stem}, sums of {blocks}"
         shape = _shape(config, block_size)
         self._handle = self._library.abyssal_new(ctypes.byref(shape), len(inputs), inputs.ctypes.data, sums.ctypes.data)
         if not self._handle:

@@ -128,7 +128,8 @@ class Runner:
     def numerics(self) -> str:
         """Names the way of computing: the same tokens have entries of other bits when computed in another way, and none
         in the layers of MTP modules that do not draft."""
-        return f"{'invariant' if self.invariant else 'plain'}, {self._n_ahead} ahead"
+        way = "invariant" if self.invariant else "plain"
+        return f"{way if self._native is None else self._native.numerics}, {self._n_ahead} ahead"
 
     def load_weights(self, model: Transformer) -> None:
         """Compute with these weights from now on: copied into place if they need a cast, else shared."""
