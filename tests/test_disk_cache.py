@@ -127,13 +127,14 @@ def test_other_weights_config_tokenizer_or_numerics_find_nothing(tmp_path: Path)
         {"model": bias},
         {"model": small_model(rope_theta=20000.0)},
         {"tokenizer": "another"},
-        {"invariant": True},
+        {"native": False},
+        {"native": False, "invariant": True},
         {"record_experts": False},
         {"block_size": 8},
     ):
         assert found(**settings) == 0, settings
         assert found(**settings) == 16, settings
-    assert len(list((tmp_path / FOLDER).glob("*/"))) == 9
+    assert len(list((tmp_path / FOLDER).glob("*/"))) == 10
 
 
 def test_the_fingerprint_names_what_bits_depend_on(tmp_path: Path):
