@@ -6,10 +6,11 @@ experts, L layers, P problems, G answers per problem, A answers in all (P x G).
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 if TYPE_CHECKING:
     import torch
@@ -171,6 +172,36 @@ class SamplingParams:
     def is_plain(self) -> bool:
         """Draws from the model's own distribution."""
         return self.temperature == 1 and not self.cuts and not self.reshapes
+
+
+StructureKind = Literal["json", "schema", "regex", "choice", "tools"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What an answer has to be, behind its thinking: draws are confined to it (engine/grammar.py).
+
+    "json" is an object, "schema" what a JSON schema (a value or its text) describes, "regex" a text that the expression
+    matches as a whole, "choice" one of a list of texts, "tools" calls as tokens/tool_grammar.py describes them.
+    """
+
+    kind: StructureKind
+    value: Any = None  # a str once it is made, so that equal ones are one key
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(StructureKind):
+            raise ValueError(f"a structure of kind {self.kind!r} is unknown; use one of {get_args(StructureKind)}")
+        if (self.value is None) != (self.kind == "json"):
+            raise ValueError(f"a structure of kind {self.kind!r} has value {self.value!r}; all but 'json' need one")
+        if self.kind == "regex" and not isinstance(self.value, str):
+            raise ValueError(f"a regular expression is a text, not {self.value!r}")
+        if self.kind == "json" or isinstance(self.value, str):
+            return
+        try:
+            text = json.dumps(self.value, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"the value of a structure {self.kind!r} is no JSON ({error}); correct it") from None
+        object.__setattr__(self, "value", text)
 
 
 @dataclass(frozen=True, kw_only=True)

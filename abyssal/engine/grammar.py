@@ -1,0 +1,214 @@
+"""Structure: an answer that has to be JSON, to fit a schema, to match an expression. By llguidance, as a control.
+
+A grammar is compiled once and kept while it is used. Each request has a matcher of its own, which is told every id
+that is drawn behind the thinking and says which may come next. An end may be drawn exactly where the text is whole, and
+where nothing more fits it is all that is left. Where a single text can follow, the ids that usually spell it are forced.
+Everything is bounded: what goes in (schema_check.py), what compiling costs, what a step costs and what is kept.
+Letters: V vocabulary, W its words of 32 bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from abyssal.engine.schema_check import MAX_BRANCHES, MAX_CHARS, MAX_LITERAL_CHARS, checked_schema
+from abyssal.engine.vocabulary import Vocabulary
+from abyssal.tokens.tokenizer import Tokenizer
+from abyssal.types import Structure
+
+KEPT_GRAMMARS, KEPT_CHARS = 64, 1 << 20
+MAX_REGEX_CHARS = 4096
+# a step that needs more ends its request. Measured: fuel 14 to 50 a microsecond, items 20, a lexer state 1 to 2 kB
+LIMITS = LLParserLimits(
+    max_items_in_row=2000,
+    initial_lexer_fuel=400_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_lexer_states=50_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
+JSON_OPTIONS: dict[str, Any] = {
+    "lenient": False,
+    "coerce_one_of": False,
+    "whitespace_pattern": r"\n?[ \t]{0,40}",  # enough to indent; endless blanks are how models lose themselves in JSON
+    "json_allowed_escapes": 'nrbtf\\"',  # no \u: two spellings of one name would get around what is said of it
+}
+SPELLED = '{"name": [1, true, null], "a b": "é所 \\n"}'
+
+
+class Grammars:
+    """Compiled for one tokenizer; the most recently used are kept."""
+
+    def __init__(self, tokenizer: Tokenizer, *, kept: int = KEPT_GRAMMARS, kept_chars: int = KEPT_CHARS) -> None:
+        self._tokenizer = tokenizer
+        self._kept, self._kept_chars = kept, kept_chars
+        self._grammars: OrderedDict[Structure, LLMatcher] = OrderedDict()
+        self._n_chars = 0
+
+    def control(self, structure: Structure) -> GrammarControl:
+        """For one answer. ValueError where the structure makes no sense, or too much work."""
+        matcher = self._grammars.pop(structure, None)
+        if matcher is None:
+            matcher = self._compiled(structure)
+            self._n_chars += len(structure.value or "")
+        self._grammars[structure] = matcher
+        while len(self._grammars) > self._kept or (self._n_chars > self._kept_chars and len(self._grammars) > 1):
+            dropped, _ = self._grammars.popitem(last=False)
+            self._n_chars -= len(dropped.value or "")
+        return GrammarControl(matcher.deep_copy(), end_ids=self._words.end_ids, can_force=self._words.can_force)
+
+    def __len__(self) -> int:
+        return len(self._grammars)
+
+    def _compiled(self, structure: Structure) -> LLMatcher:
+        try:
+            source = grammar_source(structure)
+        except ValueError as error:  # llguidance's own, of values that are no JSON for it
+            raise ValueError(f"{_first_line(str(error))}") from None
+        matcher = LLMatcher(self._words.tokenizer, source, log_level=0, limits=LIMITS)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # the first step too: what fits nothing is said here
+        if matcher.is_error():
+            raise ValueError(f"no answer can be confined to this {structure.kind}: {_why(matcher)}; change it")
+        return matcher
+
+    @functools.cached_property
+    def _words(self) -> Words:
+        return words_of(self._tokenizer)
+
+
+class Words(NamedTuple):
+    """A vocabulary as the matcher knows it. `can_force`: texts without control tokens are spelled as they stand."""
+
+    tokenizer: LLTokenizer
+    end_ids: frozenset[int]
+    can_force: bool
+
+
+def words_of(tokenizer: Tokenizer) -> Words:
+    """Half a second for 129,000 words."""
+    vocabulary = Vocabulary.of(tokenizer)
+    spelled = tokenizer.encode_after(SPELLED)
+    spelling = Spelling(vocabulary, tokenizer)
+    return Words(
+        LLTokenizer(TokenizerWrapper(spelling), n_vocab=len(spelling.tokens), eos_token=sorted(vocabulary.end_ids)),
+        vocabulary.end_ids,
+        can_force=vocabulary.bytes_from(spelled) == SPELLED.encode(),
+    )
+
+
+class Spelling:
+    """What `TokenizerWrapper` asks for. Words without bytes are marks, which no text can be."""
+
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
+        self.eos_token_id = min(vocabulary.end_ids)
+        self.special_token_ids = [i for i, written in enumerate(vocabulary.bytes_of) if not written]
+        self.tokens = [written or f"<|{i}|>".encode() for i, written in enumerate(vocabulary.bytes_of)]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._tokenizer.encode_after(text.decode())
+
+
+class GrammarControl:
+    """Confines one answer to a grammar. A control (control.py); it is told of no thinking."""
+
+    def __init__(self, matcher: LLMatcher, *, end_ids: frozenset[int], can_force: bool) -> None:
+        self._matcher, self._end_ids, self._can_force = matcher, end_ids, can_force
+        self._is_ended = False
+        self._ahead = [self._only()]  # what was forced after each id: the same again once ids were taken back
+
+    @property
+    def is_whole(self) -> bool:
+        """Is what was drawn so far all that was asked for?"""
+        return self._matcher.is_accepting()
+
+    def forced(self) -> list[int]:
+        return self._ahead[-1]
+
+    def mask(self, allowed_V: np.ndarray) -> bool:
+        if self._is_ended:
+            return False
+        bits = self._matcher.compute_bitmask()
+        self._check()
+        allowed_X = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").view(bool)
+        n = min(len(allowed_V), len(allowed_X))
+        allowed_V[:n] &= allowed_X[:n]
+        allowed_V[n:] = False
+        return True
+
+    def drawn(self, token: int) -> None:
+        ahead = self._ahead[-1]
+        if token in self._end_ids:
+            self._is_ended = True
+            self._ahead.append([])
+            return
+        self._matcher.consume_token(token)
+        self._check()
+        self._ahead.append(ahead[1:] if ahead[1:] and ahead[0] == token else self._only())
+
+    def rewind(self, n: int) -> None:
+        if n == 0:
+            return
+        del self._ahead[-n:]
+        n_consumed = n - self._is_ended
+        self._is_ended = False
+        if n_consumed:
+            self._matcher.rollback(n_consumed)
+        self._check()
+
+    def _only(self) -> list[int]:
+        """The ids of the one text that can follow, as far as they do not hang on what comes behind it."""
+        return self._matcher.compute_ff_tokens() if self._can_force else []
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ValueError(f"the structure of this answer cannot be followed further: {_why(self._matcher)}")
+
+
+def grammar_source(structure: Structure) -> str:
+    """In llguidance's own terms. ValueError for what cannot be enforced, or is too much."""
+    if structure.kind == "regex":
+        if len(structure.value) > MAX_REGEX_CHARS:
+            raise ValueError(f"the regex has {len(structure.value)} characters; leave it at {MAX_REGEX_CHARS}")
+        return LLMatcher.grammar_from_regex(structure.value)
+    if structure.kind == "choice":
+        texts = checked_choice(structure.value)
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in texts))
+    schema = checked_schema(structure.value or '{"type": "object"}')
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
+
+
+def checked_choice(text: str) -> list[str]:
+    texts = json.loads(text) if len(text) <= MAX_CHARS else None
+    if not isinstance(texts, list) or not 1 <= len(texts) <= MAX_BRANCHES:
+        raise ValueError(f"a choice is among 1 to {MAX_BRANCHES} texts of {MAX_CHARS} characters in all; give so many")
+    for one in texts:
+        if not isinstance(one, str) or len(one) > MAX_LITERAL_CHARS:
+            raise ValueError(f"a choice has {str(one)[:60]!r}; give texts of at most {MAX_LITERAL_CHARS} characters")
+    return texts
+
+
+def _why(matcher: LLMatcher) -> str:
+    said = matcher.get_error()
+    if said.startswith("NoExtension"):
+        return "no text fits it"
+    # a parser of expressions draws a picture of many lines and ends with what is wrong
+    wrong = re.search(r"^error: (.+)$", said, re.MULTILINE)
+    return _first_line(said) if wrong is None else wrong[1]
+
+
+def _first_line(text: str) -> str:
+    return text.split("\n")[0][:200].rstrip(" :;.")
