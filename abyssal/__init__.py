@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from abyssal.types import Message, SamplingParams
+from abyssal.types import Message, SamplingParams, Structure
 
 if TYPE_CHECKING:
     from abyssal.lm import LM, Generated, load
 
-__all__ = ["LM", "Generated", "Message", "SamplingParams", "load"]
+__all__ = ["LM", "Generated", "Message", "SamplingParams", "Structure", "load"]
 
 
 def __getattr__(name: str) -> Any:

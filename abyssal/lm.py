@@ -21,12 +21,13 @@ from abyssal.checkpoint.own_thinking import Effort, EffortBudget, ThinkingLength
 from abyssal.checkpoint.packaged import packaged_checkpoint
 from abyssal.engine.disk_cache import DiskCache
 from abyssal.engine.engine import Engine
+from abyssal.engine.grammar import Grammars
 from abyssal.engine.vocabulary import Vocabulary
 from abyssal.model.transformer import Transformer
 from abyssal.reward.majority import answer_key, votes
 from abyssal.tokens.chat import LANDING, ThinkingMode, landing_ids, opens_thinking, parse, render
 from abyssal.tokens.tokenizer import Tokenizer
-from abyssal.types import Conversation, FinishReason, Message, SamplingParams, ThinkingLimits
+from abyssal.types import Conversation, FinishReason, Message, SamplingParams, Structure, ThinkingLimits
 
 Judge = Callable[[list[Message]], Sequence[float | None]]  # one number an answer, None where it cannot tell
 
@@ -81,6 +82,7 @@ class LM:
             prefix_cache=invariant or disk_cache is not None,
             disk_cache=disk_cache and replace(disk_cache, tokenizer=tokenizer.fingerprint),
             vocabulary=Vocabulary.of(tokenizer),
+            grammars=Grammars(tokenizer),
         )
         self._ended: dict[int, list[int]] = {}  # ids of answers that ended, until their stream has handed them out
 
@@ -98,14 +100,24 @@ class LM:
         return self.model.logits(self.model.hidden(ids))
 
     def generate(
-        self, prompts: str | Sequence[str], params: SamplingParams | None = None, *, raw: bool = False
+        self,
+        prompts: str | Sequence[str],
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        structure: Structure | None = None,
     ) -> list[Generated]:
-        """Continue plain text, without the chat template; text that spells a control token stays text unless `raw`."""
+        """Continue plain text, without the chat template; text that spells a control token stays text unless `raw`.
+
+        With a `structure` the text is that and nothing else, unless max_tokens cuts it.
+        """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         ids = [self.prompt_ids(text, raw=raw) for text in texts]
+        params = params or SamplingParams()
+        if structure is not None:
+            params = replace(params, structure=replace(structure, may_think=False))
         return [
-            Generated(self._text(c.ids), c.ids, c.logps, c.finish_reason)
-            for c in self.engine.generate(ids, params or SamplingParams())
+            Generated(self._text(c.ids), c.ids, c.logps, c.finish_reason) for c in self.engine.generate(ids, params)
         ]
 
     def prompt_ids(self, text: str, *, raw: bool = False) -> list[int]:
@@ -126,15 +138,19 @@ class LM:
         effort: Effort | None = None,
         budget: int | None = None,
         min_thinking: int = 0,
+        structure: Structure | None = None,
     ) -> Message:
         """The assistant's next message, with `thinking`, `content` and the calls of `tools` (JSON schemas) apart.
 
         `budget`: tokens of thinking at most, or an `effort`, which is a budget made for this model. At least
-        `min_thinking`.
+        `min_thinking`. With a `structure` the content is that and nothing else, unless max_tokens cuts it.
         """
         limits = self.limits(effort=effort, budget=budget, min_thinking=min_thinking)
         prompt = render(messages, self.tokenizer, add_generation_prompt=True, thinking=thinking, tools=tools).ids
-        (completion,) = self.engine.generate([prompt], [params or self._own_params(prompt)], thinking=limits)
+        params = params or self._own_params(prompt)
+        if structure is not None:
+            params = replace(params, structure=structure)
+        (completion,) = self.engine.generate([prompt], [params], thinking=limits)
         return parse(completion.ids, self.tokenizer, thinking_open=opens_thinking(prompt, self.tokenizer))
 
     def best(

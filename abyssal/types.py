@@ -75,6 +75,38 @@ class Score(NamedTuple):
     error: str | None = None
 
 
+StructureKind = Literal["json", "schema", "regex", "choice"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What an answer has to be: its draws are confined to it (engine/grammar.py).
+
+    "json" is an object, "schema" what a JSON schema (a value or its text) describes, "regex" a text that the expression
+    matches as a whole (digits, letters and blanks of its classes are ASCII), "choice" one of a list of texts. Thinking
+    that the prompt has opened stays free; `may_think` says that the model may open it by itself.
+    """
+
+    kind: StructureKind
+    value: Any = None  # a str once it is made, so that equal ones are one key
+    may_think: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(StructureKind):
+            raise ValueError(f"a structure of kind {self.kind!r} is unknown; use one of {get_args(StructureKind)}")
+        if (self.value is None) != (self.kind == "json"):
+            raise ValueError(f"a structure of kind {self.kind!r} has value {self.value!r}; all but 'json' need one")
+        if self.kind == "regex" and not isinstance(self.value, str):
+            raise ValueError(f"a regular expression is a text, not {self.value!r}")
+        if self.kind == "json" or isinstance(self.value, str):
+            return
+        try:
+            text = json.dumps(self.value, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"the value of a structure {self.kind!r} is no JSON ({error}); correct it") from None
+        object.__setattr__(self, "value", text)
+
+
 MAX_STOPS, MAX_STOP_BYTES = 16, 512
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES, MAX_BIAS = 1024, 100.0
@@ -92,6 +124,7 @@ class SamplingParams:
     `frequency_penalty` on those of the answer, `logit_bias` by id; then masks, temperature, top-k, top-p, min-p.
     `stop` ends an answer at the first of these strings that it spells, thinking left out.
     `top_logprobs`: so many of the likeliest ids at each place are told, with their log-probs.
+    `structure` confines the answer; cut by max_tokens it is the beginning of a whole one.
     """
 
     temperature: float = 1.0
@@ -106,6 +139,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         for name in ("top_k", "max_tokens", "seed", "top_logprobs"):
@@ -144,6 +178,8 @@ class SamplingParams:
                 raise ValueError(f"logit_bias of id {i} is {value}, outside [-{MAX_BIAS:g}, {MAX_BIAS:g}]")
 
     def _check_stop(self) -> None:
+        if self.stop and self.structure is not None:
+            raise ValueError(f"stop={self.stop!r} would cut an answer that has a structure; leave one of the two out")
         if not isinstance(self.stop, tuple):
             raise ValueError(f"stop={self.stop!r} is no tuple of strings; one string is (text,)")
         if len(self.stop) > MAX_STOPS:
@@ -171,37 +207,7 @@ class SamplingParams:
     @property
     def is_plain(self) -> bool:
         """Draws from the model's own distribution."""
-        return self.temperature == 1 and not self.cuts and not self.reshapes
-
-
-StructureKind = Literal["json", "schema", "regex", "choice", "tools"]
-
-
-@dataclass(frozen=True)
-class Structure:
-    """What an answer has to be, behind its thinking: draws are confined to it (engine/grammar.py).
-
-    "json" is an object, "schema" what a JSON schema (a value or its text) describes, "regex" a text that the expression
-    matches as a whole, "choice" one of a list of texts, "tools" calls as tokens/tool_grammar.py describes them.
-    """
-
-    kind: StructureKind
-    value: Any = None  # a str once it is made, so that equal ones are one key
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(StructureKind):
-            raise ValueError(f"a structure of kind {self.kind!r} is unknown; use one of {get_args(StructureKind)}")
-        if (self.value is None) != (self.kind == "json"):
-            raise ValueError(f"a structure of kind {self.kind!r} has value {self.value!r}; all but 'json' need one")
-        if self.kind == "regex" and not isinstance(self.value, str):
-            raise ValueError(f"a regular expression is a text, not {self.value!r}")
-        if self.kind == "json" or isinstance(self.value, str):
-            return
-        try:
-            text = json.dumps(self.value, ensure_ascii=False, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"the value of a structure {self.kind!r} is no JSON ({error}); correct it") from None
-        object.__setattr__(self, "value", text)
+        return self.temperature == 1 and not self.cuts and not self.reshapes and self.structure is None
 
 
 @dataclass(frozen=True, kw_only=True)

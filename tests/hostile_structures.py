@@ -24,14 +24,14 @@ def chain(n: int, wrap: Callable[[dict[str, str]], Any]) -> dict[str, Any]:
     return {"$ref": "#/definitions/a0", "definitions": definitions | {f"a{n}": STRING}}
 
 
-def named(n: int, schema: Any = STRING, **words: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": {f"p{i}": schema for i in range(n)}, **words}
+def named(n: int, schema: Any = STRING, stem: str = "p", **words: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"{stem}{i}": schema for i in range(n)}, **words}
 
 
-def choices(n: int, k: int, word: str = "anyOf") -> dict[str, Any]:
+def choices(n: int, k: int) -> dict[str, Any]:
     """k ways, n times over, all at once."""
-    ways = [[{"required": [f"p{i}_{j}"], "properties": {f"p{i}_{j}": {"const": j}}} for j in range(k)] for i in range(n)]
-    return {"allOf": [{word: way} for way in ways]}
+    ways = [[named(1, {"const": j}, f"p{i}_{j}", required=[f"p{i}_{j}0"]) for j in range(k)] for i in range(n)]
+    return {"allOf": [{"anyOf": way} for way in ways]}
 
 
 ARRAY = {"type": "array"}
@@ -53,7 +53,7 @@ SCHEMAS: dict[str, Any] = {
     "six choices of six": choices(6, 6),
     "four choices of four": choices(4, 4),
     "three choices of four": choices(3, 4),
-    "choices within properties": {"allOf": [named(20, {"anyOf": [{"const": [i, j]} for j in range(9)]}) for i in range(5)]},
+    "choices in choices": {"allOf": [named(20, {"anyOf": [{"const": [i, j]} for j in range(9)]}) for i in range(5)]},
     "a chain of 1,500 references": chain(1500, lambda ref: ref),
     "references doubled 20 times": chain(20, lambda ref: {"allOf": [ref, ref]}),
     "references branched 20 times": chain(20, lambda ref: {"anyOf": [ref, {**ARRAY, "items": ref}]}),

@@ -7,6 +7,7 @@ Letters: B rows of a step, C rows of a step that have a control, M rows with a m
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from typing import NamedTuple, Protocol
 
@@ -45,10 +46,10 @@ class ThinkingFirst(Protocol):
 
 
 class Controls:
-    """Two in one: `answer` hears and says nothing before the thinking is over."""
+    """Two in one: `answer` hears and says nothing before the thinking is over, and that is not where `end_ids` come."""
 
-    def __init__(self, thinking: ThinkingFirst, answer: Control) -> None:
-        self._thinking, self._answer = thinking, answer
+    def __init__(self, thinking: ThinkingFirst, answer: Control, *, end_ids: Iterable[int] = ()) -> None:
+        self._thinking, self._answer, self._end_ids = thinking, answer, sorted(end_ids)
         self._n_answer = 0
 
     def forced(self) -> list[int]:
@@ -57,7 +58,8 @@ class Controls:
 
     def mask(self, allowed_V: np.ndarray) -> bool:
         if self._thinking.is_open:
-            return self._thinking.mask(allowed_V)
+            allowed_V[self._end_ids] = False
+            return self._thinking.mask(allowed_V) or bool(self._end_ids)
         cleared = self._answer.mask(allowed_V)
         if cleared and not self._thinking.is_closed:
             allowed_V[self._thinking.think_id] = True

@@ -21,6 +21,7 @@ from abyssal.engine.blocks import BlockPool, blocks_for, namespace_key
 from abyssal.engine.control import Control, Controls
 from abyssal.engine.disk_cache import DiskCache, DiskStats, DiskTier
 from abyssal.engine.drawing import Drawing, Ending
+from abyssal.engine.grammar import Grammars
 from abyssal.engine.guard import NOT_FINITE, Guard
 from abyssal.engine.isolation import isolate, said
 from abyssal.engine.runner import Runner
@@ -32,7 +33,7 @@ from abyssal.engine.thinking import AnswerNow, ThinkingControl, needed, phase_be
 from abyssal.engine.vocabulary import Vocabulary
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
-from abyssal.types import Completion, SamplingParams, ThinkingLimits, ThinkingReport
+from abyssal.types import Completion, SamplingParams, Structure, ThinkingLimits, ThinkingReport
 
 DEFAULT_CACHE_BYTES = 2 << 30  # what the cache may take when nobody says how many blocks it has
 PREFILL_TOKENS = 8192  # padded prompt tokens of one step, so that a burst of prompts fits in memory
@@ -64,7 +65,7 @@ class Engine:
     `native`: compute in own C++ where it can be: on a CPU with a compiler, weights not in few bits (`native.py`). False
     is plain torch, True insists.
     `vocabulary`: for requests that limit their thinking or have stop strings; completions then tell how long they
-    thought.
+    thought. `grammars`: for those whose answers have a structure.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Engine:
         invariant: bool = False,
         native: bool | None = None,
         vocabulary: Vocabulary | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         config = model.config
         for name, value in (
@@ -116,7 +118,7 @@ class Engine:
         self._vocab_size = config.vocab_size if vocab_size is None else min(vocab_size, config.vocab_size)
         if self._vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size} leaves no id to draw; give the tokenizer's")
-        self._record_sampling, self._vocabulary = record_sampling, vocabulary
+        self._record_sampling, self._vocabulary, self._grammars = record_sampling, vocabulary, grammars
         self._is_eos_V = np.zeros(config.vocab_size, dtype=bool)
         for eos_id in eos_ids:
             _check_ids([eos_id], self._vocab_size, what="eos_ids")
@@ -187,7 +189,7 @@ class Engine:
         the thinking. What the cache holds for one `namespace` (a user, a key) is invisible to all others, in time as
         well. A higher `priority` goes first; within one, namespaces get equal shares (`fair_queue.py`).
         """
-        if self._record_sampling and (control is not None or thinking is not None):
+        if self._record_sampling and any(asked is not None for asked in (control, thinking, params.structure)):
             raise ValueError("an engine with record_sampling=True tells what ids were drawn from; it takes no control")
         scheduler, ids = self._scheduler, [int(i) for i in prompt_ids]
         if not ids:
@@ -214,6 +216,8 @@ class Engine:
             )
         root = namespace_key(namespace)
         sequence = Sequence(self._next_id, ids, params, limit, control, root=root, priority=priority)
+        if params.structure is not None:
+            thinking = self._confine(sequence, params.structure, thinking)
         if thinking is not None:
             self._limit_thinking(sequence, thinking)
         request_id, self._next_id = self._next_id, self._next_id + 1
@@ -366,13 +370,31 @@ class Engine:
         assert sequence.thinking is not None
         return sequence.thinking.answer_now()
 
+    def _confine(
+        self, sequence: Sequence, structure: Structure, thinking: ThinkingLimits | None
+    ) -> ThinkingLimits | None:
+        """Give its answer a structure; returns how its thinking, which has none, is to be watched."""
+        if self._grammars is None:
+            raise ValueError("a structure needs an engine that knows text; give it grammars=Grammars(tokenizer)")
+        if sequence.control is not None:
+            raise ValueError("a request takes a structure or a control of its own, not both; leave one out")
+        vocabulary = needed(self._vocabulary)
+        phase = phase_behind(sequence.prompt_ids, vocabulary)
+        sequence.control = self._grammars.control(structure)
+        if phase == "may open" and not structure.may_think:
+            return None
+        is_watched = phase != "closed" and vocabulary.end_think_id is not None
+        return ThinkingLimits(stop_loops=False) if thinking is None and is_watched else thinking
+
     def _limit_thinking(self, sequence: Sequence, limits: ThinkingLimits) -> None:
         """Before its first draw or between two of them."""
-        thinking = ThinkingControl(limits, needed(self._vocabulary), sequence.prompt_ids)
+        vocabulary = needed(self._vocabulary)
+        thinking = ThinkingControl(limits, vocabulary, sequence.prompt_ids)
         for token in self._rows.drawn(sequence)[: sequence.n_told].tolist():
             thinking.drawn(token)
         sequence.thinking = thinking
-        sequence.control = thinking if sequence.control is None else Controls(thinking, sequence.control)
+        answer = sequence.control
+        sequence.control = thinking if answer is None else Controls(thinking, answer, end_ids=vocabulary.end_ids)
         if sequence.row is not None:
             self._rows.controlled_R[sequence.row] = True
 

@@ -2,9 +2,10 @@
 
 A grammar is compiled once and kept while it is used. Each request has a matcher of its own, which is told every id
 that is drawn behind the thinking and says which may come next. An end may be drawn exactly where the text is whole, and
-where nothing more fits it is all that is left. Where a single text can follow, the ids that usually spell it are forced.
+where nothing more fits it is all that is left. Where one text alone can follow, the ids that usually spell it are
+forced.
 Everything is bounded: what goes in (schema_check.py), what compiling costs, what a step costs and what is kept.
-Letters: V vocabulary, W its words of 32 bits.
+Letters: V vocabulary, X the matcher's words, V filled up to whole bytes.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ import functools
 import json
 import re
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 
-from abyssal.engine.schema_check import MAX_BRANCHES, MAX_CHARS, MAX_LITERAL_CHARS, checked_schema
+from abyssal.engine.schema_check import MAX_CHARS, MAX_LITERAL_CHARS, checked_schema
 from abyssal.engine.vocabulary import Vocabulary
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Structure
 
 KEPT_GRAMMARS, KEPT_CHARS = 64, 1 << 20
+MAX_CHOICES = 256
 MAX_REGEX_CHARS = 4096
 # a step that needs more ends its request. Measured: fuel 14 to 50 a microsecond, items 20, a lexer state 1 to 2 kB
 LIMITS = LLParserLimits(
@@ -35,12 +37,13 @@ LIMITS = LLParserLimits(
     max_grammar_size=100_000,
     verbose_errors=False,
 )
-JSON_OPTIONS: dict[str, Any] = {
+JSON_OPTIONS = {
     "lenient": False,
     "coerce_one_of": False,
     "whitespace_pattern": r"\n?[ \t]{0,40}",  # enough to indent; endless blanks are how models lose themselves in JSON
     "json_allowed_escapes": 'nrbtf\\"',  # no \u: two spellings of one name would get around what is said of it
 }
+CLASSES = "dws"  # \\d, \\w and \\s are of ASCII, as in JSON schemas: a digit of an answer is 0 to 9
 SPELLED = '{"name": [1, true, null], "a b": "é所 \\n"}'
 
 
@@ -181,20 +184,20 @@ def grammar_source(structure: Structure) -> str:
     if structure.kind == "regex":
         if len(structure.value) > MAX_REGEX_CHARS:
             raise ValueError(f"the regex has {len(structure.value)} characters; leave it at {MAX_REGEX_CHARS}")
-        return LLMatcher.grammar_from_regex(structure.value)
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(structure.value, CLASSES)}/")
     if structure.kind == "choice":
         texts = checked_choice(structure.value)
         return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in texts))
     schema = checked_schema(structure.value or '{"type": "object"}')
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
+    return LLMatcher.grammar_from_json_schema(schema | {"x-guidance": JSON_OPTIONS})
 
 
 def checked_choice(text: str) -> list[str]:
     texts = json.loads(text) if len(text) <= MAX_CHARS else None
-    if not isinstance(texts, list) or not 1 <= len(texts) <= MAX_BRANCHES:
-        raise ValueError(f"a choice is among 1 to {MAX_BRANCHES} texts of {MAX_CHARS} characters in all; give so many")
+    if not isinstance(texts, list) or not 1 <= len(texts) <= MAX_CHOICES:
+        raise ValueError(f"a choice is among 1 to {MAX_CHOICES} texts of {MAX_CHARS} characters in all; give so many")
     for one in texts:
         if not isinstance(one, str) or len(one) > MAX_LITERAL_CHARS:
             raise ValueError(f"a choice has {str(one)[:60]!r}; give texts of at most {MAX_LITERAL_CHARS} characters")

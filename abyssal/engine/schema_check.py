@@ -16,14 +16,11 @@ from urllib.parse import unquote
 MAX_CHARS = 1 << 16
 MAX_LITERAL_CHARS = 4096  # of a name or a value to be written as it stands
 MAX_LEVELS = 100  # of objects and lists within one another
-MAX_SCHEMAS = 2000
-MAX_PROPERTIES = 256  # of one object
-MAX_PATTERNS = 32  # of names of one object; each pair has to be shown to be disjoint
-MAX_BRANCHES = 256  # of one anyOf
-MAX_ENUM = 4096
-MAX_ALTERNATIVES = 100  # of what allOf combines, multiplied out
 MAX_COUNT = 1 << 16  # minLength and its kin
-MAX_MULTIPLES = 1000  # the digits of all multipleOf: an automaton has so many states
+MAX_ALTERNATIVES = 100  # of what allOf combines, multiplied out
+MAX_WORK = 30_000  # about microseconds of compiling: what follows is measured
+
+SCHEMA, NAME, VALUE, VALUES, RANGE, PATTERN, FORM, URI, STATE = 60, 20, 10, 400, 300, 300, 500, 1000, 5
 
 ENFORCED = frozenset(
     "type enum const anyOf oneOf allOf $ref properties patternProperties additionalProperties required minProperties "
@@ -36,12 +33,7 @@ SAYING_NOTHING = frozenset(
 ONE = ("additionalProperties", "additionalItems", "items")
 LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 MAPS = ("properties", "patternProperties", "$defs", "definitions")
-MOST = (
-    (("properties", "required"), MAX_PROPERTIES),
-    (("patternProperties",), MAX_PATTERNS),
-    (("anyOf", "oneOf", "allOf", "prefixItems", "items"), MAX_BRANCHES),
-    (("enum",), MAX_ENUM),
-)
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 # JSON has short escapes for a few control characters; \\u is not written, so that a name has one spelling only
 UNWRITABLE = frozenset(map(chr, range(32))) - frozenset("\b\t\n\f\r")
@@ -57,7 +49,7 @@ FORMATS = {"date": f"^{DATE}$", "time": f"^{TIME}$", "date-time": f"^{DATE}T{TIM
 
 
 def checked_schema(text: str) -> Any:
-    """The schema in a JSON text, as the compiler is to read it. ValueError for what cannot be enforced or is too much."""
+    """The schema in a JSON text, as the compiler is to read it. ValueError for what cannot be enforced, or too much."""
     if len(text) > MAX_CHARS:
         raise ValueError(f"the schema has {len(text)} characters; leave it at {MAX_CHARS}")
     try:
@@ -75,32 +67,36 @@ class Checker:
 
     def __init__(self, root: Any) -> None:
         self._root = root
-        self._n_schemas = self._n_multiples = 0
+        self._work, self._multiples = 0, 1
         self._alternatives: dict[int, int] = {}
 
-    def checked(self, schema: Any, where: str) -> Any:
-        """A schema with nothing in it that cannot be enforced; a new one, dates as patterns."""
+    def checked(self, schema: Any, where: str, *, power: int = 1) -> Any:
+        """A schema with nothing in it that cannot be enforced; a new one, dates as patterns.
+
+        It is one of `power` that are combined: what has several ways in it may come to have that power of them.
+        """
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
             raise ValueError(f"{where} of the schema is {_short(schema)}; write an object or a boolean")
-        self._n_schemas += 1
-        if self._n_schemas > MAX_SCHEMAS:
-            raise ValueError(f"the schema consists of more than {MAX_SCHEMAS} schemas; leave some out")
         self._check_words(schema, where)
         self._check_sizes(schema, where)
         self._check_least(schema, where)
         self.alternatives(schema)
-        return _dated({word: self._within(word, value, f"{where}/{word}") for word, value in schema.items()})
+        self._work += _work(schema, power)
+        if self._work > MAX_WORK:
+            raise ValueError(f"the schema is too much work ({self._work} units at {where}, of {MAX_WORK}); shorten it")
+        power = min(power * max(1, len(_listed(schema.get("allOf")))), 16)
+        return _dated({word: self._within(word, value, f"{where}/{word}", power) for word, value in schema.items()})
 
-    def _within(self, word: str, value: Any, where: str) -> Any:
+    def _within(self, word: str, value: Any, where: str, power: int) -> Any:
         """The value of a keyword, its schemas checked. What is of a wrong kind the compiler refuses by name."""
 
         if word in MAPS and isinstance(value, dict):
-            return {name: self.checked(schema, f"{where}/{name}") for name, schema in value.items()}
+            return {name: self.checked(schema, f"{where}/{name}", power=power) for name, schema in value.items()}
         if word in LISTS and isinstance(value, list):
-            return [self.checked(schema, f"{where}/{i}") for i, schema in enumerate(value)]
-        return self.checked(value, where) if word in ONE else value
+            return [self.checked(schema, f"{where}/{i}", power=power) for i, schema in enumerate(value)]
+        return self.checked(value, where, power=power) if word in ONE else value
 
     def _check_words(self, schema: dict[str, Any], where: str) -> None:
         for word in schema:
@@ -116,21 +112,16 @@ class Checker:
                 raise ValueError(f"{where} of the schema refers to {_short(ref)}, and nothing is there; correct it")
 
     def _check_sizes(self, schema: dict[str, Any], where: str) -> None:
-        for words, most in MOST:
-            for word in words:
-                value = schema.get(word)
-                if isinstance(value, list if word in LISTS else list | dict) and len(value) > most:
-                    raise ValueError(f"{where}/{word} of the schema has {len(value)} entries; leave it at {most}")
         for word in COUNTS:
             if isinstance(count := schema.get(word), int) and count > MAX_COUNT:
                 raise ValueError(f"{where}/{word} of the schema is {_short(count)}; leave it at {MAX_COUNT} or out")
         multiple = schema.get("multipleOf")
         if isinstance(multiple, int | float):
-            self._n_multiples += (digits := _digits(multiple))
-            if digits <= 0 or self._n_multiples > MAX_MULTIPLES:
+            self._multiples = math.lcm(self._multiples, max(0, _digits(multiple)))
+            if not 0 < self._multiples * STATE <= MAX_WORK:
                 raise ValueError(
-                    f"{where}/multipleOf of the schema is {_short(multiple)}; those of a schema are positive and their "
-                    f"digits make {MAX_MULTIPLES} in all"
+                    f"{where}/multipleOf of the schema is {_short(multiple)}; it has to be positive, and the digits of "
+                    f"all have a common multiple up to {MAX_WORK // STATE}"
                 )
         for word in ("const", "enum", "required"):
             for text in _texts(schema.get(word)):
@@ -182,6 +173,21 @@ class Checker:
         return True, value
 
 
+def _work(schema: dict[str, Any], power: int) -> int:
+    """Of this schema without those in it."""
+    n_names = max(len(_names(schema.get("properties"))), len(_listed(schema.get("required"))))
+    n_patterns = len(_names(schema.get("patternProperties")))
+    ways = [len(_listed(schema.get(word))) for word in ("anyOf", "oneOf")]
+    values = [*_all_below(schema.get("enum")), *_all_below(schema.get("const"))]
+    form, multiple = schema.get("format"), schema.get("multipleOf")
+    work = SCHEMA + NAME * n_names + n_names**2 // 3 + 10 * n_patterns**2
+    work += sum(n**2 + (n**power if power > 1 else 0) for n in ways)
+    work += VALUE * len(values) + VALUES * sum(isinstance(value, list | dict) for value in values)
+    work += PATTERN * (n_patterns + ("pattern" in schema)) + RANGE * any(word in schema for word in BOUNDS)
+    work += 0 if form is None else URI if form == "uri" else FORM
+    return work + (STATE * _digits(multiple) if isinstance(multiple, int | float) else 0)
+
+
 def _dated(schema: dict[str, Any]) -> dict[str, Any]:
     """With formats of dates as patterns."""
     form = schema.get("format")
@@ -212,14 +218,17 @@ def _below(value: Any) -> list[Any]:
     return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
+def _all_below(value: Any) -> list[Any]:
+    found, values = [], [value]
+    while values := [below for one in values for below in _below(one)]:
+        found += values
+    return found
+
+
 def _texts(value: Any) -> list[str]:
     """All strings in a value, names included."""
-    found, values = [], [value]
-    while values:
-        one = values.pop()
-        found += [one] if isinstance(one, str) else _names(one)
-        values += _below(one)
-    return found
+    values = [value, *_all_below(value)]
+    return [one for one in values if isinstance(one, str)] + [name for one in values for name in _names(one)]
 
 
 def _names(value: Any) -> list[str]:
