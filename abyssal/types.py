@@ -205,6 +205,19 @@ class SamplingParams:
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     @property
+    def draws_freely(self) -> bool:
+        """What is drawn changes no draw behind it but by what the model reads, and nobody looks at it at once."""
+        as_usual = SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+        )
+        return self == as_usual
+
+    @property
     def is_plain(self) -> bool:
         """Draws from the model's own distribution."""
         return self.temperature == 1 and not self.cuts and not self.reshapes and self.structure is None

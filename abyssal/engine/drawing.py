@@ -3,11 +3,13 @@
 In this order: penalties and biases (`penalties.py`), masks, the draw (`sampler.py`), forced ids (`control.py`); then
 controls and stop strings hear of it. A row that fails is found among the others and fails alone. Writes ids into `Rows`
 and notes into sequences; owns what stays the same from step to step while the same rows run.
-Letters: B rows of a step, C rows with a control, P with penalties, A whose likeliest ids are told, V vocabulary.
+Letters: B rows of a step, C rows with a control, P with penalties, A whose likeliest ids are told, V vocabulary,
+X tokens of all rows.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -15,10 +17,12 @@ import torch
 from torch import Tensor
 
 from abyssal.engine.control import Control, Steering, steer
+from abyssal.engine.draft import Drafts
 from abyssal.engine.isolation import isolate, said
 from abyssal.engine.penalties import Bias, bias_of
 from abyssal.engine.sampler import Drawn, Sampling, kept_ids, sample, sampled_logps, sampling
 from abyssal.engine.sequence import Rows, Sequence
+from abyssal.engine.verify import Verified, verify
 from abyssal.types import FinishReason
 
 T = TypeVar("T")
@@ -82,6 +86,55 @@ class Drawing:
             step.not_finite.extend(others.not_finite)
         return step
 
+    def draw_runs(self, rows_B: np.ndarray, drafts: Drafts, logits_XV: Tensor, *, version: int) -> Step:
+        """Append to each row what it draws for as long as its drafts are that, and one id more; logits_XV are of the
+        1 + drafts.counts_B[b] tokens of row b, row after row."""
+        if not drafts.most:
+            return self.draw(rows_B, logits_XV, version=version)
+        rows, first_B = self._rows, (1 + drafts.counts_B).cumsum() - (1 + drafts.counts_B)
+        run = None
+        with contextlib.suppress(Exception):  # whoever's fault it is, token by token it is that one's alone
+            run = verify(
+                logits_XV[:, : self._vocab_size],
+                drafts,
+                start_B=rows.length_R[rows_B],
+                freely_B=rows.draws_freely_R[rows_B] & ~rows.controlled_R[rows_B],
+                how=self._plan(rows_B, version, logits_XV.device).how,
+                is_end_V=self._is_eos_V,
+            )
+        step, going_B, column = Step([], []), np.arange(len(rows_B)), 0
+        if run is not None:
+            step.ended.extend(self._append_runs(rows_B, run))
+            going_B = np.flatnonzero(run.counts_B == 0)
+        while len(going_B):
+            some = self.draw(rows_B[going_B], logits_XV[torch.from_numpy(first_B[going_B] + column)], version=version)
+            step.ended.extend(some.ended)
+            step.not_finite.extend(some.not_finite)
+            over = {sequence.row for sequence, _ in some.ended} | {sequence.row for sequence in some.not_finite}
+            goes_on = [row not in over for row in rows_B[going_B].tolist()] & (drafts.counts_B[going_B] > column)
+            going_B = going_B[goes_on]
+            drawn_B = rows.ids_RT[rows_B[going_B], rows.length_R[rows_B[going_B]] - 1]
+            going_B, column = going_B[drawn_B == drafts.ids_BK[going_B, min(column, drafts.most - 1)]], column + 1
+        return step
+
+    def guess(self, rows_B: np.ndarray, positions_B: np.ndarray, logits_BV: Tensor, version: int) -> np.ndarray:
+        """What these rows would draw from such logits there, were there no controls and penalties."""
+        positions = torch.from_numpy(positions_B).to(logits_BV.device)
+        how = self._plan(rows_B, version, logits_BV.device).how
+        return sample(logits_BV[:, : self._vocab_size], positions, how).ids_B.cpu().numpy()
+
+    def _append_runs(self, rows_B: np.ndarray, run: Verified) -> list[tuple[Sequence, Ending]]:
+        rows, drawn = self._rows, run.drawn
+        if self._record_sampling and drawn.probs_BV is not None and (run.how.any_scaled or run.how.any_filter):
+            self._note_sampling(rows_B[run.place_X], run.column_X, run.how, drawn, drawn.probs_BV)
+        is_done_B = rows.append_runs(rows_B, run.counts_B, drawn.ids_B.cpu().numpy(), drawn.logps_B.cpu().numpy())
+        last_B = rows.ids_RT[rows_B, rows.length_R[rows_B] - 1]
+        is_eos_B = self._is_eos_V[last_B] & (run.counts_B > 0)
+        return [
+            (self._sequence(rows_B, place), Ending("stop" if is_eos_B[place] else "length"))
+            for place in np.flatnonzero(is_done_B | is_eos_B).tolist()
+        ]
+
     def _draw(self, rows_B: np.ndarray, logits_BV: Tensor, version: int) -> tuple[list[Part], Step]:
         """A draw for all rows but those in the step that comes with it."""
         plan = self._plan(rows_B, version, logits_BV.device)
@@ -131,7 +184,8 @@ class Drawing:
         if plan.told:
             self._note_likeliest(part)
         if self._record_sampling and part.drawn.probs_BV is not None and (plan.how.any_scaled or plan.how.any_filter):
-            self._note_sampling(part, part.drawn.probs_BV)
+            nothing_B = np.zeros(len(rows_B), np.int64)
+            self._note_sampling(rows_B, nothing_B, plan.how, part.drawn, part.drawn.probs_BV)
         if plan.penalised_P is not None:
             rows.penalties.drew(rows_B[plan.penalised_P], rows.ids_RT, positions_B[plan.penalised_P])
         rows.length_R[rows_B] = positions_B + 1
@@ -204,16 +258,20 @@ class Drawing:
             n = sequence.params.top_logprobs
             _write(sequence.likeliest, self._n_drawn(sequence), dict(zip(ids[:n], logps[:n], strict=True)))
 
-    def _note_sampling(self, part: Part, probs_BV: Tensor) -> None:
-        """Write down what each id was drawn from, where that is not the model's own distribution."""
-        sequences = [self._sequence(part.rows_B, place) for place in range(len(part.rows_B))]
-        for sequence, logp in zip(sequences, sampled_logps(probs_BV, part.drawn.ids_B).tolist(), strict=True):
+    def _note_sampling(
+        self, rows_X: np.ndarray, ahead_X: np.ndarray, how: Sampling, drawn: Drawn, probs_XV: Tensor
+    ) -> None:
+        """Write down what each id was drawn from, where that is not the model's own distribution. It is to stand
+        ahead_X places behind what its row has drawn so far."""
+        sequences = [self._rows.sequence_in(row) for row in rows_X.tolist()]
+        before = [self._n_drawn(sequence) + n for sequence, n in zip(sequences, ahead_X.tolist(), strict=True)]
+        for sequence, n, logp in zip(sequences, before, sampled_logps(probs_XV, drawn.ids_B).tolist(), strict=True):
             if not sequence.params.is_plain:
-                _write(sequence.sampled_logps, self._n_drawn(sequence), logp)
-        if part.plan.how.any_filter:
-            for sequence, ids in zip(sequences, kept_ids(probs_BV), strict=True):
+                _write(sequence.sampled_logps, n, logp)
+        if how.any_filter:
+            for sequence, n, ids in zip(sequences, before, kept_ids(probs_XV), strict=True):
                 if sequence.params.cuts:
-                    _write(sequence.kept, self._n_drawn(sequence), ids)
+                    _write(sequence.kept, n, ids)
 
     def _plan(self, rows_B: np.ndarray, version: int, device: torch.device) -> Plan:
         """Kept while the whole batch runs on unchanged."""

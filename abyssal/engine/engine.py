@@ -20,22 +20,24 @@ from torch import Tensor
 from abyssal.engine.blocks import BlockPool, blocks_for, namespace_key
 from abyssal.engine.control import Control, Controls
 from abyssal.engine.disk_cache import DiskCache, DiskStats, DiskTier
+from abyssal.engine.draft import Drafts, drafter_of
+from abyssal.engine.draft_tuner import DraftStats
 from abyssal.engine.drawing import Drawing, Ending
 from abyssal.engine.grammar import Grammars
 from abyssal.engine.guard import NOT_FINITE, Guard
 from abyssal.engine.isolation import isolate, said
-from abyssal.engine.runner import Runner
+from abyssal.engine.limits import check_ids, check_sizes, check_step, default_blocks
+from abyssal.engine.runner import Computed, Runner
 from abyssal.engine.sampler import derive_seed
 from abyssal.engine.scheduler import Admission, PrefixStats, Scheduler
 from abyssal.engine.sequence import Rows, Sequence
+from abyssal.engine.speculation import Proposal, Speculate, Speculation
 from abyssal.engine.stop_strings import StopSearch
 from abyssal.engine.thinking import AnswerNow, ThinkingControl, needed, phase_behind, thought
 from abyssal.engine.vocabulary import Vocabulary
-from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
 from abyssal.types import Completion, SamplingParams, Structure, ThinkingLimits, ThinkingReport
 
-DEFAULT_CACHE_BYTES = 2 << 30  # what the cache may take when nobody says how many blocks it has
 PREFILL_TOKENS = 8192  # padded prompt tokens of one step, so that a burst of prompts fits in memory
 
 
@@ -66,6 +68,8 @@ class Engine:
     is plain torch, True insists.
     `vocabulary`: for requests that limit their thinking or have stop strings; completions then tell how long they
     thought. `grammars`: for those whose answers have a structure.
+    `speculate`: guess the next ids, by MTP modules or else by prompt look-up, and check several in one pass. "auto": as
+    many as pay; a number: always so many. Changes no token and no log-prob (`draft_stats`).
     """
 
     def __init__(
@@ -89,28 +93,23 @@ class Engine:
         native: bool | None = None,
         vocabulary: Vocabulary | None = None,
         grammars: Grammars | None = None,
+        speculate: Speculate = "off",
     ) -> None:
         config = model.config
-        for name, value in (
-            ("block_size", block_size),
-            ("max_batch", max_batch),
-            ("prefill_tokens", prefill_tokens),
-            ("prefill_chunk", prefill_chunk),
-            ("max_waiting", max_waiting),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if step_tokens is not None and step_tokens <= max_batch:
-            raise ValueError(
-                f"step_tokens={step_tokens} leaves no token for prompts beside max_batch={max_batch} answers; "
-                f"use {max_batch + 1} or more"
-            )
+        check_sizes(
+            block_size=block_size,
+            max_batch=max_batch,
+            prefill_tokens=prefill_tokens,
+            prefill_chunk=prefill_chunk,
+            max_waiting=max_waiting,
+        )
+        check_step(step_tokens, max_batch)
         if disk_cache is not None and not prefix_cache:
             raise ValueError(f"disk_cache={disk_cache.folder} keeps the prefix cache; give prefix_cache=True with it")
         self.max_length = config.max_position_embeddings
         max_blocks = blocks_for(self.max_length, block_size)
         if n_blocks is None:
-            n_blocks = _default_blocks(
+            n_blocks = default_blocks(
                 config, model.dtype, block_size=block_size, wanted=max_batch * max_blocks, at_least=max_blocks
             )
         if vocab_size is None and vocabulary is not None:
@@ -121,7 +120,7 @@ class Engine:
         self._record_sampling, self._vocabulary, self._grammars = record_sampling, vocabulary, grammars
         self._is_eos_V = np.zeros(config.vocab_size, dtype=bool)
         for eos_id in eos_ids:
-            _check_ids([eos_id], self._vocab_size, what="eos_ids")
+            check_ids([eos_id], self._vocab_size, what="eos_ids")
             self._is_eos_V[eos_id] = True
         self._runner = Runner(
             model,
@@ -130,6 +129,7 @@ class Engine:
             record_experts=record_experts,
             invariant=invariant,
             native=native,
+            looks_ahead=config.num_nextn_predict_layers > 0 and speculate != "off",
         )
         self._tier = None if disk_cache is None else DiskTier(disk_cache, self._runner)
         self._rows = Rows(n_rows=max_batch, max_length=self.max_length, max_blocks=max_blocks)
@@ -143,6 +143,14 @@ class Engine:
             prefix_cache=prefix_cache,
             tier=self._tier,
         )
+        self._speculation: Speculation | None = None
+        if speculate != "off":
+            drafter = drafter_of(
+                self._runner,
+                self._rows,
+                lambda rows_B, at_B, logits_BV: self._drawing.guess(rows_B, at_B, logits_BV, self._scheduler.version),
+            )
+            self._speculation = Speculation(drafter, self._rows, fixed=None if speculate == "auto" else speculate)
         self._sequences: dict[int, Sequence] = {}
         self._unclaimed: list[Finished] = []  # finished while `generate` was stepping for others
         self._next_id = 0
@@ -168,6 +176,11 @@ class Engine:
     def disk_stats(self) -> DiskStats | None:
         """What the disk cache holds and has done; None without one."""
         return None if self._tier is None else self._tier.stats
+
+    @property
+    def draft_stats(self) -> DraftStats | None:
+        """What speculation has come to since the engine was made; None where it is off."""
+        return None if self._speculation is None else self._speculation.stats
 
     @property
     def n_unfinished(self) -> int:
@@ -199,7 +212,7 @@ class Engine:
                 f"the prompt has {len(ids)} tokens and leaves no room for an answer in a context of "
                 f"{self.max_length}; shorten it to at most {self.max_length - 1}"
             )
-        _check_ids(ids, self._runner.config.vocab_size, what="the prompt")
+        check_ids(ids, self._runner.config.vocab_size, what="the prompt")
         self._check_params(params)
         limit = min(len(ids) + params.max_tokens, self.max_length)
         need = blocks_for(limit - 1, scheduler.block_size)  # the last token drawn is never computed
@@ -232,7 +245,7 @@ class Engine:
         if params.stop and self._vocabulary is None:
             raise ValueError("stop strings need an engine that knows text; give it vocabulary=Vocabulary.of(tokenizer)")
         if params.logit_bias:
-            _check_ids(list(params.logit_bias), self._vocab_size, what="logit_bias")
+            check_ids(list(params.logit_bias), self._vocab_size, what="logit_bias")
         if params.reshapes and self._record_sampling:
             raise ValueError(
                 "an engine with record_sampling=True draws from the model's logits as they are; leave penalties and "
@@ -262,7 +275,10 @@ class Engine:
         placed = [(sequence, prefix) for sequence, prefix in admission.placed if sequence.row is not None]
         if placed:
             rows_B = np.array([sequence.row for sequence, _ in placed])
-            self._draw(rows_B, torch.stack([_logits(prefix.logits_V) for _, prefix in placed]), finished)
+            if self._speculation is not None:
+                self._speculation.begin([prefix for _, prefix in placed], rows_B)
+            logits_BV = torch.stack([_logits(prefix.logits_V) for _, prefix in placed])
+            self._draw(rows_B, Drafts.none(len(rows_B)), logits_BV, finished)
         rows_B = self._scheduler.grow()
         if len(rows_B):
             self._decode(rows_B, finished)
@@ -278,23 +294,34 @@ class Engine:
             self._end([(sequence, Ending("error", error)) for sequence in [*placed, *prefix.waiting]], finished)
 
     def _decode(self, rows_B: np.ndarray, finished: list[Finished]) -> None:
-        """Compute and append one token of each row."""
-        done, errors = isolate(len(rows_B), lambda places: (rows_B[places], self._computed(rows_B[places])))
-        for rows, logits_BV in done:
-            self._draw(rows, logits_BV, finished)
+        """Compute and append one token of each row, and more where drafts are right."""
+        proposal = Proposal.none(len(rows_B))
+        if self._speculation is not None:
+            proposal = self._speculation.propose(rows_B, self._scheduler.fit_drafts)
+
+        def work(places: np.ndarray) -> tuple[np.ndarray, Drafts, Computed]:
+            drafts = proposal.drafts.at(places)
+            return places, drafts, self._computed(rows_B[places], drafts)
+
+        done, errors = isolate(len(rows_B), work)
+        for places, drafts, computed in done:
+            start_B = self._rows.length_R[rows_B[places]]
+            self._draw(rows_B[places], drafts, computed.logits_XV, finished)
+            if self._speculation is not None:
+                self._speculation.learn(rows_B[places], proposal.at(places), start_B, computed.hidden_XD)
         failed = [self._rows.sequence_in(int(rows_B[place])) for place in errors]
         self._end(zip(failed, (Ending("error", error) for error in errors.values()), strict=True), finished)
 
-    def _computed(self, rows_B: np.ndarray) -> Tensor:
+    def _computed(self, rows_B: np.ndarray, drafts: Drafts) -> Computed:
         rows = self._rows
-        positions_BT = rows.length_R[rows_B, None] - 1
-        n_columns = int(rows.n_blocks_R[rows_B].max())
-        ids_BT = rows.ids_RT[rows_B[:, None], positions_BT]
-        return self._runner.decode(ids_BT, positions_BT, rows.blocks_RN[rows_B, :n_columns]).logits_XV
+        last_B1 = rows.length_R[rows_B, None] - 1
+        ids_BT = np.concatenate((rows.ids_RT[rows_B[:, None], last_B1], drafts.ids_BK), axis=1)
+        blocks_BN = rows.blocks_RN[rows_B, : int(rows.n_blocks_R[rows_B].max())]
+        return self._runner.decode(ids_BT, last_B1 + np.arange(1 + drafts.most), blocks_BN, 1 + drafts.counts_B)
 
-    def _draw(self, rows_B: np.ndarray, logits_BV: Tensor, finished: list[Finished]) -> None:
-        """Append one token to each of these rows."""
-        step = self._drawing.draw(rows_B, logits_BV, version=self._scheduler.version)
+    def _draw(self, rows_B: np.ndarray, drafts: Drafts, logits_XV: Tensor, finished: list[Finished]) -> None:
+        """Append one token to each of these rows, and more where drafts are right."""
+        step = self._drawing.draw_runs(rows_B, drafts, logits_XV, version=self._scheduler.version)
         self._end(step.ended, finished)
         for sequence in step.not_finite:
             self._end(self._drawn_alone(sequence), finished)
@@ -446,6 +473,8 @@ class Engine:
         self._runner.load_weights(model)
         if self._tier is not None:
             self._tier.reopen()
+        if self._speculation is not None:
+            self._speculation.tuner.reset()
         self._scheduler.preempt_all()
 
     def close(self) -> None:
@@ -463,17 +492,3 @@ def _blocks(sequence: Sequence) -> np.ndarray:
 def _logits(logits_V: Tensor | None) -> Tensor:
     assert logits_V is not None, "a placed sequence's prefix has been computed"
     return logits_V
-
-
-def _check_ids(ids: list[int], n_vocab: int, *, what: str) -> None:
-    for i in (min(ids), max(ids)):
-        if not 0 <= i < n_vocab:
-            raise ValueError(
-                f"{what} contains the id {i}, outside the vocabulary of {n_vocab}; is this the model's tokenizer?"
-            )
-
-
-def _default_blocks(config: ModelConfig, dtype: torch.dtype, *, block_size: int, wanted: int, at_least: int) -> int:
-    n_layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    block_bytes = block_size * config.cache_width * dtype.itemsize * n_layers
-    return max(min(wanted, DEFAULT_CACHE_BYTES // block_bytes), at_least) + 1  # block 0 is reserved

@@ -34,7 +34,7 @@ class Guard:
             computed = self._runner.prefill([prefills[place][1] for place in places.tolist()])
             is_good_B = self.is_finite(computed.logits_XV)
             for i, place in enumerate(places.tolist()):
-                prefills[place][0].logits_V = computed.logits_XV[i]
+                prefills[place][0].logits_V, prefills[place][0].hidden_D = computed.logits_XV[i], computed.hidden_XD[i]
             suspects.extend(places[~is_good_B].tolist())
 
         _, errors = isolate(len(prefills), work)
@@ -46,7 +46,7 @@ class Guard:
             except Exception as error:
                 errors[place] = said(error)
                 continue
-            prefix.logits_V = computed.logits_XV[0]
+            prefix.logits_V, prefix.hidden_D = computed.logits_XV[0], computed.hidden_XD[0]
             if not self.is_finite(computed.logits_XV).all():
                 errors[place] = NOT_FINITE
         return errors

@@ -74,6 +74,18 @@ def sampling(
     )
 
 
+def repeated(how: Sampling, row_X: Tensor) -> Sampling:
+    """The same for a batch of the rows row_X, in which one may stand several times."""
+    row_X = row_X.to(how.key_B.device)
+    return how._replace(
+        key_B=how.key_B[row_X],
+        temperature_B=how.temperature_B[row_X],
+        top_p_B=how.top_p_B[row_X],
+        top_k_B=how.top_k_B[row_X],
+        min_p_B=how.min_p_B[row_X],
+    )
+
+
 def sample(
     logits_BV: Tensor,
     positions_B: Tensor,

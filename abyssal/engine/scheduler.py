@@ -246,7 +246,8 @@ class Scheduler:
             short = active[rows.n_blocks_R[active] * self.block_size < rows.length_R[active]]
             if len(short) <= self.pool.n_free:
                 break
-            self._give_way()
+            if not self._take_back(active):
+                self._give_way()
         if len(short):
             rows.blocks_RN[short, rows.n_blocks_R[short]] = self.pool.take(len(short))
             rows.n_blocks_R[short] += 1
@@ -273,6 +274,17 @@ class Scheduler:
             rows.n_blocks_R[row] += n
         self.n_left -= int(fits_B.sum())
         return fits_B
+
+    def _take_back(self, active: np.ndarray) -> bool:
+        """Blocks given for drafts that were wrong are free again; True when there were any."""
+        rows = self.rows
+        needed_B = -(-rows.length_R[active] // self.block_size)
+        has_more_B = rows.n_blocks_R[active] > needed_B
+        for row, needed in zip(active[has_more_B].tolist(), needed_B[has_more_B].tolist(), strict=True):
+            self.pool.release(rows.blocks_of(row)[needed:])
+            rows.blocks_RN[row, needed:] = 0
+            rows.n_blocks_R[row] = needed
+        return bool(has_more_B.any())
 
     def _give_way(self) -> None:
         """One of the lowest priority loses its blocks: a prompt that only waits, else the youngest that runs."""

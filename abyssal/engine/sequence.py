@@ -38,6 +38,7 @@ class Prefix:
     blocks: np.ndarray | None = None
     n_computed: int = 0
     logits_V: Tensor | None = None
+    hidden_D: Tensor | None = None
     block_keys: list[bytes] = field(default_factory=list)
 
     @property
@@ -119,6 +120,7 @@ class Rows:
         self.top_k_R = np.zeros(n_rows, np.int64)
         self.min_p_R = np.zeros(n_rows, np.float32)
         self.controlled_R = np.zeros(n_rows, bool)
+        self.draws_freely_R = np.zeros(n_rows, bool)  # as far as its params go
         self.penalties = Penalties(n_rows=n_rows, max_length=max_length)
         self.sequences: list[Sequence | None] = [None] * n_rows
         self.active = np.empty(0, np.int64)
@@ -142,6 +144,7 @@ class Rows:
         self.temperature_R[row], self.top_p_R[row] = params.temperature, params.top_p
         self.top_k_R[row], self.min_p_R[row] = params.top_k, params.min_p
         self.controlled_R[row] = sequence.control is not None
+        self.draws_freely_R[row] = params.draws_freely
         self.penalties.place(row, params, self.ids_RT[row, :length], n_prompt=n_prompt)
         self.sequences[row] = sequence
         self.active = np.append(self.active, row)
@@ -156,6 +159,16 @@ class Rows:
         self.active = self.active[self.active != row]
         self._free.append(row)
         return blocks
+
+    def append_runs(
+        self, rows_B: np.ndarray, counts_B: np.ndarray, ids_X: np.ndarray, logps_X: np.ndarray
+    ) -> np.ndarray:
+        """counts_B[b] ids and log-probs for row b, row after row; says which of them have reached their limit."""
+        row_X, first_X = np.repeat(rows_B, counts_B), np.repeat(counts_B.cumsum() - counts_B, counts_B)
+        positions_X = self.length_R[row_X] + np.arange(len(row_X)) - first_X
+        self.ids_RT[row_X, positions_X], self.logps_RT[row_X, positions_X] = ids_X, logps_X
+        self.length_R[rows_B] += counts_B
+        return self.length_R[rows_B] >= self.limit_R[rows_B]
 
     def drawn(self, sequence: Sequence, *, since: int = 0) -> np.ndarray:
         """The ids a sequence has drawn so far, or those behind the first `since`."""
