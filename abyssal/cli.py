@@ -21,6 +21,7 @@ from abyssal.commands.checkpoint_path import resolve_checkpoint
 from abyssal.commands.convert_shape import convert
 from abyssal.commands.export_checkpoint import export_checkpoint
 from abyssal.commands.import_checkpoint import import_checkpoint
+from abyssal.commands.measure_budget import measure_budget
 from abyssal.commands.measure_perplexity import measure_perplexity
 from abyssal.commands.options import parsed
 from abyssal.commands.preset_table import presets
@@ -39,6 +40,7 @@ abyssal: from raw text to a reasoning model
   abyssal run RECIPE.toml [--section.key value ...]   walk every stage; stop and start again at will
   abyssal STAGE RECIPE.toml [--section.key value ...] one stage: {" ".join(STAGES)}
   abyssal chat DIR [--prompt TEXT ...]                talk to a checkpoint: out/laptop/r1, a GGUF file, smollm2
+  abyssal eval DIR --budget 0,16,64 [--best-of 1,4]   accuracy against tokens of thinking, as a table and a page
   abyssal perplexity DIR [--weights int4]             how well it foresees a text
   abyssal export DIR --to FORMAT --out DIR            BF16, FP8, int8, int4 or gguf, for other tools
   abyssal report RUN_DIR                              write RUN_DIR/report.html again
@@ -91,6 +93,8 @@ def dispatch(arguments: list[str]) -> int:
         return 0
     if command in COMMANDS:
         COMMANDS[command](rest)
+    elif command == "eval" and not any(argument.endswith(".toml") for argument in rest[:1]):
+        measure_budget(rest)  # of a recipe it is a stage
     elif command == "report" and rest and Path(rest[0]).is_dir():
         print(write_report(Path(rest[0])))
     elif command == "run":

@@ -25,7 +25,7 @@ from abyssal.engine.grammar import Grammars
 from abyssal.engine.vocabulary import Vocabulary
 from abyssal.model.transformer import Transformer
 from abyssal.reward.majority import answer_key, votes
-from abyssal.tokens.chat import LANDING, ThinkingMode, landing_ids, opens_thinking, parse, render
+from abyssal.tokens.chat import ThinkingMode, landing_ids, landing_of, opens_thinking, parse, render
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Conversation, FinishReason, Message, SamplingParams, Structure, ThinkingLimits
 
@@ -205,7 +205,8 @@ class LM:
     @property
     def _landing(self) -> tuple[int, ...]:
         known = self.thinking_lengths
-        return landing_ids(self.tokenizer, LANDING if known is None or known.landing is None else known.landing)
+        text = landing_of(self.tokenizer) if known is None or known.landing is None else known.landing
+        return landing_ids(self.tokenizer, text)
 
     def _own_params(self, prompt: list[int]) -> SamplingParams:
         room = self.model.config.max_position_embeddings - len(prompt)

@@ -51,14 +51,13 @@ def sample_answers(
             prompts.append(ids)
             each.append(replace(params, seed=derive_seed(seed, p, g)))
     completions = [completion.checked() for completion in engine.generate(prompts, each)]
-    return [
-        Rollout(
-            problem=problems[i // answers_per_problem],
-            completion=completion,
-            message=parse(completion.ids, tokenizer, thinking_open=opens_thinking(completion.prompt_ids, tokenizer)),
-        )
-        for i, completion in enumerate(completions)
-    ]
+    return [as_rollout(problems[i // answers_per_problem], c, tokenizer) for i, c in enumerate(completions)]
+
+
+def as_rollout(problem: Problem, completion: Completion, tokenizer: Tokenizer) -> Rollout:
+    thinking_open = opens_thinking(completion.prompt_ids, tokenizer)
+    message = parse(completion.ids, tokenizer, thinking_open=thinking_open)
+    return Rollout(problem=problem, completion=completion, message=message)
 
 
 class Agreement(NamedTuple):

@@ -6,20 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import small_model
+from small_models import thinking_model
 
 from abyssal.engine.engine import Engine
-from abyssal.evals.budget import budget_curve, cut, n_thought, within
-from abyssal.evals.tasks import EvalConfig
+from abyssal.evals.budget import Answers, budget_curve, eval_engine, point, within
+from abyssal.evals.grade import grade
+from abyssal.evals.tasks import EvalConfig, n_thought
 from abyssal.model.transformer import Transformer
 from abyssal.reward.verifiers import Verifiers
+from abyssal.rollout import as_rollout
 from abyssal.tokens.bpe import train_bpe
-from abyssal.tokens.chat import parse
 from abyssal.tokens.tokenizer import Tokenizer
-from abyssal.types import Completion, Problem, Rollout, SamplingParams
+from abyssal.types import Completion, Problem, Rollout, SamplingParams, ThinkingLimits
 
 PROBLEMS = [Problem(prompt=f"one plus {word}", answer="3", key=word, verifier="exact") for word in ("two", "three")]
-GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+PARAMS = SamplingParams(max_tokens=20)
 
 
 @pytest.fixture(scope="module")
@@ -27,54 +28,44 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(train_bpe(["one plus two is three", "name a colour: red"] * 20, vocab_size=320))
 
 
-def thinker(tokenizer: Tokenizer) -> Transformer:
-    """A model that opens every answer with <think>: the last token of a prompt lights a feature that it alone has."""
-    model = small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=64)
-    with torch.no_grad():
-        model.embed_tokens.weight[:, 1] = 0.0
-        model.embed_tokens.weight[tokenizer.assistant_id, 1] = 20.0
-        model.lm_head.weight[tokenizer.think_id, 1] = 3.0
-    return model
+def thinker(tokenizer: Tokenizer, *, closes: bool = False) -> Transformer:
+    """A model that opens every answer with <think>, and never closes it unless it `closes` now and then."""
+    never = [] if closes else [tokenizer.end_think_id]
+    return thinking_model(opens_behind=tokenizer.assistant_id, think=tokenizer.think_id, never=never,
+                          vocab_size=tokenizer.vocab_size, max_position_embeddings=64)
 
 
-def rollout(tokenizer: Tokenizer, ids: list[int], prompt: list[int]) -> Rollout:
-    completion = Completion(prompt_ids=prompt, ids=ids, logps=[-0.5] * len(ids), finish_reason="stop")
-    return Rollout(problem=PROBLEMS[0], completion=completion, message=parse(ids, tokenizer))
+def free_answers(engine: Engine, tokenizer: Tokenizer, *, n: int) -> tuple[list[Rollout], list[SamplingParams]]:
+    each = [replace(PARAMS, seed=i) for i in range(n)]
+    prompt = [tokenizer.bos_id, 50, tokenizer.assistant_id]
+    completions = engine.generate([prompt] * n, each)
+    return [as_rollout(PROBLEMS[0], c, tokenizer) for c in completions], each
 
 
-def greedy_after(model: Transformer, ids: list[int], n: int, eos_id: int) -> list[int]:
-    """The plain way: the whole context again for every token."""
-    said: list[int] = []
-    while len(said) < n and eos_id not in said:
-        with torch.inference_mode():
-            said.append(int(model.logits(model.hidden(torch.tensor([ids + said])))[0, -1].argmax()))
-    return said
-
-
-def test_thinking_is_cut_only_where_it_is_longer_than_the_budget(tokenizer):
-    t, end, eos = tokenizer.think_id, tokenizer.end_think_id, tokenizer.eos_id
-    closed = [t, 31, 32, 33, end, 40, eos]
-    assert cut(closed, 2, tokenizer) == [t, 31, 32, end]
-    assert cut(closed, 0, tokenizer) == [t, end]
-    assert cut(closed, 3, tokenizer) is None  # closed by itself, in time
-    assert cut([t, 31, 32, 33], 2, tokenizer) == [t, 31, 32, end]  # never closed
-    assert cut([t, 31, 32, eos], 2, tokenizer) is None  # ended in the middle of a thought, in time
-    assert cut([40, eos], 0, tokenizer) is None  # answered at once
-    assert [n_thought(ids, tokenizer) for ids in (closed, [t, 31, 32], [40, eos])] == [3, 2, 0]
-
-
-def test_the_forced_sequence_is_what_the_model_says_after_the_mark(tokenizer):
-    model, prompt = thinker(tokenizer), [tokenizer.bos_id, 50, tokenizer.assistant_id]
-    t, end = tokenizer.think_id, tokenizer.end_think_id
-    free = [rollout(tokenizer, [t, 31, 32, 33, 34, end, 40], prompt), rollout(tokenizer, [41, 42], prompt)]
-    engine = Engine(model, eos_ids=[tokenizer.eos_id])
-    rollouts, n_cut = within(2, free, engine, tokenizer, params=GREEDY, seed=0)
-    want = [t, 31, 32, end]
-    want += greedy_after(model, prompt + want, GREEDY.max_tokens - len(want), tokenizer.eos_id)
-    assert rollouts[0].completion.ids == want and len(want) > 4
-    assert rollouts[0].completion.prompt_ids == prompt and len(rollouts[0].completion.logps) == len(want)
-    assert rollouts[0].message.thinking == tokenizer.decode([31, 32])
-    assert rollouts[1] is free[1] and n_cut == 1
+def test_only_what_thinks_too_long_is_drawn_again_and_up_to_there_it_is_the_same(tokenizer):
+    model = thinker(tokenizer, closes=True)
+    with torch.no_grad():  # often enough for this test
+        model.lm_head.weight[tokenizer.end_think_id, 2] = 0.6
+    engine = eval_engine(model, tokenizer)
+    free, each = free_answers(engine, tokenizer, n=24)
+    lengths = [n_thought(r) for r in free]
+    assert len(set(lengths)) > 5
+    for budget, landing in ((0, ()), (4, ()), (6, (70, 71)), (1, (70, 71))):
+        limits = ThinkingLimits(budget=budget, landing=landing, stop_loops=False)
+        rollouts, n_cut = within(limits, free, engine, tokenizer, params=each)
+        at = budget - len(landing) if len(landing) <= budget else budget
+        for length, before, after in zip(lengths, free, rollouts, strict=True):
+            closed = tokenizer.end_think_id in before.completion.ids
+            if length < at or (length == at == budget and closed):
+                assert after.completion.ids == before.completion.ids
+            else:
+                ids = after.completion.ids
+                assert n_thought(after) == budget and after.completion.thinking.closed_by == "budget"
+                assert ids[: 1 + at] == before.completion.ids[: 1 + at]
+                assert ids[1 + at : 2 + budget] == [*landing[: budget - at], tokenizer.end_think_id]
+        assert n_cut == sum(a.completion.ids != b.completion.ids for a, b in zip(free, rollouts, strict=True)) > 0
+    whole = within(ThinkingLimits(budget=30, stop_loops=False), free, engine, tokenizer, params=each)
+    assert whole == (free, 0)  # a budget beyond the thinking is the free answer
 
 
 def test_a_curve_has_a_point_a_budget_and_is_the_same_each_time(tokenizer):
@@ -91,11 +82,28 @@ def test_a_curve_has_a_point_a_budget_and_is_the_same_each_time(tokenizer):
     assert all(point["ci_low"] <= point["accuracy"] <= point["ci_high"] for point in curves[0])
 
 
-def test_a_budget_beyond_the_thinking_is_the_free_answer(tokenizer):
-    prompt = [tokenizer.bos_id, tokenizer.assistant_id]
-    free = [rollout(tokenizer, [tokenizer.think_id, 31, tokenizer.end_think_id, 40], prompt)]
-    engine = Engine(thinker(tokenizer), eos_ids=[tokenizer.eos_id])
-    assert within(1, free, engine, tokenizer, params=GREEDY, seed=0) == (free, 0)
+def answers(tokenizer: Tokenizer, said: list[str]) -> Answers:
+    """Of two problems, four answers each."""
+    rollouts = []
+    for i, text in enumerate(said):
+        ids = tokenizer.encode(text) + [tokenizer.eos_id]
+        completion = Completion(prompt_ids=[1], ids=ids, logps=[0.0] * len(ids), finish_reason="stop")
+        rollouts.append(as_rollout(replace(PROBLEMS[i // 4], verifier="answer"), completion, tokenizer))
+    return Answers(8, rollouts, 2)
+
+
+def test_a_majority_of_more_answers_costs_their_tokens(tokenizer):
+    said = ["3", "5", "3", "03", "4", "4", "3", "4"]  # right, wrong, right, right; wrong, wrong, right, wrong
+    with Verifiers() as verifiers:
+        given = answers(tokenizer, said)
+        grades = grade(given.rollouts, verifiers, tokenizer)
+    one, two, four = (point(given, grades, k=4, best_of=n) for n in (1, 2, 4))
+    assert one["accuracy"] == 0.5
+    # pairs: (3, 5) is a tie of which half is right, (3, 03) agrees; (4, 4) agrees and is wrong, (3, 4) is a tie
+    assert two["accuracy"] == pytest.approx((0.75 + 0.25) / 2)
+    assert four["accuracy"] == 0.5 and (four["ci_low"], four["ci_high"]) == (0.0, 1.0)
+    assert two["tokens"] == 2 * one["tokens"] and four["tokens"] == 4 * one["tokens"]
+    assert one["cut_share"] == 0.25 and one["budget"] == 8 and four["best_of"] == 4
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def asked_by_eval(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def evaluate(model: None, tokenizer: None, problems: list[Problem], **options: Any) -> Result:
         asked.append([problem.prompt for problem in problems])
-        return Result({"accuracy": 1.0}, {}, [1.0] * len(problems), [])
+        return Result({"accuracy": 1.0}, {}, [1.0] * len(problems), [], [])
 
     monkeypatch.setattr(measuring, "evaluate", evaluate)
     monkeypatch.setattr(measuring, "engine_gap", lambda *_, **options: {})  # asks some of the same problems again

@@ -13,7 +13,7 @@ from abyssal.checkpoint.own_thinking import (
     measured_lengths,
     own_thinking,
     thinking_file,
-    write_thinking,
+    write_lengths,
 )
 
 KNOWN = ThinkingLengths(400, {"low": 30, "medium": 55, "high": 90}, "Done.")
@@ -45,7 +45,7 @@ def test_what_was_measured_lies_beside_the_weights(tmp_path: Path):
     directory = tmp_path / "checkpoint"
     directory.mkdir()
     assert own_thinking(directory) is None
-    assert write_thinking(directory, KNOWN) == directory / "thinking.json"
+    assert write_lengths(directory, KNOWN) == directory / "thinking.json"
     assert own_thinking(directory) == KNOWN
     assert [p.name for p in directory.iterdir()] == ["thinking.json"]
     gguf = tmp_path / "model.gguf"

@@ -12,11 +12,11 @@ from small_models import thinking_model
 
 import abyssal
 from abyssal import LM, Message, SamplingParams
-from abyssal.checkpoint.own_thinking import ThinkingLengths, write_thinking
+from abyssal.checkpoint.own_thinking import ThinkingLengths, write_lengths
 from abyssal.checkpoint.save import save_checkpoint
 from abyssal.talk import Manner, answer, answer_room, talk
 from abyssal.tokens.bpe import train_bpe
-from abyssal.tokens.chat import landing_ids
+from abyssal.tokens.chat import LANDING, landing_ids
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import ThinkingLimits
 
@@ -32,7 +32,7 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
                            vocab_size=tokenizer.vocab_size, max_position_embeddings=256)
     path = tmp_path_factory.mktemp("checkpoint") / "r1"
     save_checkpoint(path, model, tokenizer)
-    write_thinking(path, ThinkingLengths(50, {"low": 20, "medium": 30, "high": 40}))
+    write_lengths(path, ThinkingLengths(50, {"low": 20, "medium": 30, "high": 40}, LANDING))
     return abyssal.load(path)
 
 
@@ -91,7 +91,7 @@ def test_a_second_ctrl_c_and_one_at_the_answer_end_it(lm: LM, monkeypatch: pytes
 
 
 def test_effort_is_a_budget_for_this_model_and_the_answer_has_room_beside_it(lm: LM, monkeypatch: pytest.MonkeyPatch):
-    n_landing = len(landing_ids(lm.tokenizer))
+    n_landing = len(landing_ids(lm.tokenizer, LANDING))
     assert lm.effort("low").budget == 20 + n_landing + 1
     limits = lm.limits(effort="medium")
     assert limits.budget == 31 + n_landing and answer_room(None, limits) == 256 + limits.budget
@@ -103,6 +103,7 @@ def test_effort_is_a_budget_for_this_model_and_the_answer_has_room_beside_it(lm:
     message = lm.chat(QUESTION, SamplingParams(max_tokens=80), effort="low")
     assert message.thinking.endswith(lm.tokenizer.decode(list(limits.landing))) and message.content
     assert lm.chat(QUESTION, SamplingParams(max_tokens=40), budget=0).thinking == ""
+    assert LM(lm.model, lm.tokenizer).limits(effort="high") == ThinkingLimits(budget=128)  # nothing measured: no words
     # without options only loops are looked for, and nothing where thinking cannot be marked
     assert lm.limits() == ThinkingLimits(landing=limits.landing, stop_loops=True)
     monkeypatch.setattr(Tokenizer, "has_thinking", property(lambda _: False))

@@ -77,7 +77,7 @@ def own_thinking(path: Path) -> ThinkingLengths | None:
     return ThinkingLengths(_count(found, "n_answers", file), lengths, landing)
 
 
-def write_thinking(path: Path, known: ThinkingLengths) -> Path:
+def write_lengths(path: Path, known: ThinkingLengths) -> Path:
     """Whole or not at all; returns the file."""
     file = thinking_file(path)
     partial = file.with_name(f"{file.name}.partial")

@@ -1,32 +1,42 @@
-"""pass@1 against thinking budget: what an answer is worth when its thinking is cut. (budget forcing, s1 section 3.2)
+"""Accuracy against tokens: what answers are worth when their thinking is cut, and when several are asked for one.
 
-An answer that has thought b tokens without closing is cut there, </think> is put behind it, and the model goes on with
-its answer. The noise of a token is a function of seed and position, so the first b tokens of a free answer are what
-would have been drawn under the budget: free answers are drawn once, and each budget continues those it cuts.
+The budget is the engine's own (engine/thinking.py), as in a chat. Free answers are drawn once. The noise of a token is
+a function of seed and position, so under a budget an answer is the free one up to where its thinking has to land, and
+is drawn again only where it does. An answer that closes its thinking in time, or never opened it, stays as it is.
+Budget 0 leaves <think></think>, so that only what was thought differs between budgets, not how the answer is asked for.
 
-An answer that closes its thinking within the budget, or never opened it, stays as it is. Budget 0 leaves
-<think></think>, so that only what was thought differs between budgets, not how the answer is asked for.
+Of n answers the majority counts (reward/majority.py); they cost their tokens together.
 Letters: P problems, K answers per problem.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from abyssal.engine.engine import Engine
 from abyssal.engine.sampler import derive_seed
+from abyssal.engine.vocabulary import Vocabulary
 from abyssal.evals.grade import Grade, grade, mean
-from abyssal.evals.passk import bootstrap_mean
-from abyssal.evals.tasks import EvalConfig, mean_accuracy
+from abyssal.evals.passk import bootstrap_mean, consensus_per_problem
+from abyssal.evals.tasks import EvalConfig, n_thought, voted
 from abyssal.model.transformer import Transformer
 from abyssal.reward.verifiers import Verifiers
-from abyssal.rollout import sample_answers
-from abyssal.tokens.bpe import THINK
-from abyssal.tokens.chat import parse
+from abyssal.rollout import as_rollout, sample_answers
+from abyssal.tokens.chat import landing_ids
 from abyssal.tokens.tokenizer import Tokenizer
-from abyssal.types import Completion, Problem, Rollout, SamplingParams
+from abyssal.types import Problem, Rollout, SamplingParams, ThinkingLimits
+
+Budget = int | None  # None: no limit
+
+
+class Answers(NamedTuple):
+    """K answers to each problem under one budget, side by side, and how many of all were cut."""
+
+    budget: Budget
+    rollouts: list[Rollout]
+    n_cut: int
 
 
 def budget_curve(
@@ -39,82 +49,106 @@ def budget_curve(
     seed: int,
 ) -> list[dict[str, Any]]:
     """For each of `config.budgets` the accuracy with its interval, the share of answers cut, the tokens thought."""
-    engine = Engine(
-        model, eos_ids=sorted(tokenizer.end_ids), max_batch=256, record_experts=False, vocab_size=tokenizer.vocab_size
-    )
     params = SamplingParams(temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens)
     k = config.budget_answers
-    free: list[Rollout] = []
+    _, *limited = answers_within(
+        eval_engine(model, tokenizer),
+        tokenizer,
+        problems,
+        budgets=config.budgets,
+        k=k,
+        params=params,
+        landing=landing_ids(tokenizer, config.landing),
+        seed=seed,
+    )
+    return [point(answers, grade(answers.rollouts, verifiers, tokenizer), k=k) for answers in limited]
+
+
+def eval_engine(model: Transformer, tokenizer: Tokenizer) -> Engine:
+    return Engine(
+        model,
+        eos_ids=sorted(tokenizer.end_ids),
+        max_batch=256,
+        record_experts=False,
+        vocab_size=tokenizer.vocab_size,
+        vocabulary=Vocabulary.of(tokenizer),
+    )
+
+
+def answers_within(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    *,
+    budgets: Sequence[int],
+    k: int,
+    params: SamplingParams,
+    landing: tuple[int, ...],
+    seed: int,
+    on_problems: Callable[[int], None] = lambda n_done: None,
+) -> list[Answers]:
+    """K answers to each problem without a limit, then within each budget, in the order of the budgets.
+
+    `params.max_tokens` holds for thinking and answer together, cut or not.
+    """
+    free = Answers(None, [], 0)
+    limited = [Answers(budget, [], 0) for budget in budgets]
     batch = max(1, 512 // k)
     for start in range(0, len(problems), batch):
         some = problems[start : start + batch]
-        free += sample_answers(engine, tokenizer, some, answers_per_problem=k, params=params, seed=seed + start)
-    curve = []
-    for budget in config.budgets:
-        rollouts, n_cut = within(budget, free, engine, tokenizer, params=params, seed=seed)
-        grades = grade(rollouts, verifiers, tokenizer)
-        curve.append(point(budget, rollouts, grades, tokenizer, k=k) | {"cut_share": n_cut / len(rollouts)})
-    return curve
+        drawn = sample_answers(engine, tokenizer, some, answers_per_problem=k, params=params, seed=seed + start)
+        free.rollouts.extend(drawn)
+        each = [replace(params, seed=derive_seed(seed + start, i // k, i % k)) for i in range(len(drawn))]
+        for i, budget in enumerate(budgets):
+            limits = ThinkingLimits(budget=budget, landing=landing, stop_loops=False)
+            rollouts, n_cut = within(limits, drawn, engine, tokenizer, params=each)
+            limited[i].rollouts.extend(rollouts)
+            limited[i] = limited[i]._replace(n_cut=limited[i].n_cut + n_cut)
+        on_problems(min(start + batch, len(problems)))
+    return [free, *limited]
 
 
 def within(
-    budget: int, free: list[Rollout], engine: Engine, tokenizer: Tokenizer, *, params: SamplingParams, seed: int
+    limits: ThinkingLimits, free: list[Rollout], engine: Engine, tokenizer: Tokenizer, *, params: list[SamplingParams]
 ) -> tuple[list[Rollout], int]:
-    """The same answers with at most `budget` tokens of thinking each, and how many were cut.
-
-    `max_tokens` holds for thinking and answer together, cut or not.
-    """
-    prefixes = {i: prefix for i, r in enumerate(free) if (prefix := cut(r.completion.ids, budget, tokenizer))}
-    prompts = [[*free[i].completion.prompt_ids, *prefix] for i, prefix in prefixes.items()]
-    rest = [
-        replace(params, seed=derive_seed(seed, i), max_tokens=params.max_tokens - len(prefix))
-        for i, prefix in prefixes.items()
-    ]
+    """The same answers under a budget, and how many are others for it. `params` are what each was drawn with."""
+    assert limits.budget is not None
+    room = limits.budget - (len(limits.landing) if len(limits.landing) <= limits.budget else 0)
+    touched = [i for i, r in enumerate(free) if r.message.thinking is not None and n_thought(r) >= room]
+    prompts = [free[i].completion.prompt_ids for i in touched]
     rollouts = list(free)
-    for (i, prefix), completion in zip(prefixes.items(), engine.generate(prompts, rest), strict=True):
-        rollouts[i] = forced(free[i], prefix, completion.checked(), tokenizer)
-    return rollouts, len(prefixes)
+    completions = engine.generate(prompts, [params[i] for i in touched], thinking=limits)
+    for i, completion in zip(touched, completions, strict=True):
+        rollouts[i] = as_rollout(free[i].problem, completion.checked(), tokenizer)
+    return rollouts, sum(rollouts[i].completion.ids != free[i].completion.ids for i in touched)
 
 
-def cut(ids: list[int], budget: int, tokenizer: Tokenizer) -> list[int] | None:
-    """<think>, `budget` tokens of thinking, </think>; None for an answer that keeps within the budget by itself."""
-    if not ids or ids[0] != tokenizer.find(THINK):
-        return None
-    thought = ids[1:]
-    ends = [thought.index(mark) for mark in (tokenizer.end_think_id, tokenizer.eos_id) if mark in thought]
-    if min(ends, default=len(thought)) <= budget:
-        return None
-    return [tokenizer.think_id, *thought[:budget], tokenizer.end_think_id]
+def point(answers: Answers, grades: list[Grade], *, k: int, best_of: int = 1) -> dict[str, Any]:
+    """One point of the curve: of `best_of` answers the majority counts. `tokens` are what a question cost.
 
-
-def forced(free: Rollout, prefix: list[int], completion: Completion, tokenizer: Tokenizer) -> Rollout:
-    """The cut answer as one answer to the first prompt; what was not drawn has no log-prob."""
-    ids = [*prefix, *completion.ids]
-    logps = [*free.completion.logps[: len(prefix) - 1], float("nan"), *completion.logps]
-    whole = replace(completion, prompt_ids=free.completion.prompt_ids, ids=ids, logps=logps, experts=None)
-    return Rollout(problem=free.problem, completion=whole, message=parse(ids, tokenizer))
-
-
-def point(
-    budget: int, rollouts: list[Rollout], grades: list[Grade], tokenizer: Tokenizer, *, k: int
-) -> dict[str, Any]:
-    """One point of the curve; problems that the verifier could not decide are left out."""
-    means = [mean_accuracy(grades[i : i + k]) for i in range(0, len(grades), k)]
-    decided = [value for value in means if not math.isnan(value)]
-    interval = bootstrap_mean(decided)
+    Answers that the verifier could not decide are left out, and problems of nothing else.
+    """
+    rollouts, values = answers.rollouts, []
+    for start in range(0, len(grades), k):
+        groups = [range(i, i + best_of) for i in range(start, start + k - best_of + 1, best_of)]
+        decided = [kept for group in groups if (kept := [i for i in group if grades[i].accuracy is not None])]
+        if decided:
+            keys = [[voted(rollouts[i]) for i in group] for group in decided]
+            right = [[grades[i].accuracy or 0.0 for i in group] for group in decided]
+            # one answer is its own majority, however little it is one
+            shares = consensus_per_problem(keys, right) if best_of > 1 else [value for (value,) in right]
+            values.append(mean(shares))
+    interval = bootstrap_mean(values)
     return {
-        "budget": budget,
+        "budget": answers.budget,
+        "best_of": best_of,
         "accuracy": interval.value,
         "ci_low": interval.low,
         "ci_high": interval.high,
-        "n_problems": len(decided),
-        "thinking_tokens": mean([n_thought(r.completion.ids, tokenizer) for r in rollouts]),
+        "n_problems": len(values),
+        "tokens": best_of * mean([len(r.completion.ids) for r in rollouts]),
+        "thinking_tokens": mean([n_thought(r) for r in rollouts]),
+        "cut_share": answers.n_cut / len(rollouts),
         "truncated_share": mean([float(g.truncated) for g in grades]),
     }
 
-
-def n_thought(ids: list[int], tokenizer: Tokenizer) -> int:
-    """Tokens between <think> and </think>, or the end where it was not closed."""
-    if not ids or ids[0] != tokenizer.find(THINK):
-        return 0
-    return (ids.index(tokenizer.end_think_id) if tokenizer.end_think_id in ids else len(ids)) - 1

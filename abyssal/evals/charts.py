@@ -59,6 +59,7 @@ def line_chart(
     y_label: str = "",
     fmt: Format = "plain",
     log: bool = False,
+    log_x: bool = False,
     width: int = 360,
     height: int = 218,
 ) -> str:
@@ -71,7 +72,13 @@ def line_chart(
     left, right, top, bottom = 62 if y_label else 46, width - 12, 48 if many else 32, height - 34
     xs = [x for one in shown for x, _ in one.points]
     ys = [y for one in shown for _, y in one.points] + [y for one in shown for _, *span in one.spans for y in span]
-    x_scale = linear_scale(min(xs), max(xs), left, right, n_ticks=4, whole=all(float(x).is_integer() for x in xs))
+    first_x, last_x = min(xs), max(xs)
+    if log_x:
+        if last_x <= first_x * 1.5:
+            first_x, last_x = first_x / 1.5, last_x * 1.5
+        x_scale = log_scale(first_x, last_x, left, right, n_ticks=4)
+    else:
+        x_scale = linear_scale(first_x, last_x, left, right, n_ticks=4, whole=all(float(x).is_integer() for x in xs))
     low, high = (min(ys), max(ys)) if log else _roomy(min(ys), max(ys), fmt=fmt)
     y_scale = (log_scale if log else linear_scale)(low, high, bottom, top, n_ticks=5)
 
@@ -86,7 +93,7 @@ def line_chart(
     for tick in x_scale.ticks:
         x = x_scale.to_pixel(tick)
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        parts.append(_text(x, bottom + 16, tick_label(tick, x_scale.ticks), "tick", anchor="middle"))
+        parts.append(_text(x, bottom + 16, tick_label(tick, x_scale.ticks, log=log_x), "tick", anchor="middle"))
     parts.append(_text((left + right) / 2, height - 4, x_label, "tick", anchor="middle"))
     if y_label:
         turned = _text(0, 0, y_label, "tick", anchor="middle")
@@ -108,7 +115,7 @@ def line_chart(
             ]
     parts.append(f'<line class="guide" y1="{top}" y2="{bottom}" visibility="hidden"/>')
     hover = {
-        "l": left, "r": right, "x0": min(xs), "x1": max(xs), "x": x_label, "f": fmt,
+        "l": left, "r": right, "x0": first_x, "x1": last_x, "lx": log_x, "x": x_label, "f": fmt,
         "s": [{"n": one.name, "c": one.colour % N_COLOURS, "p": _rounded(_thin(one.points))} for one in shown],
     }  # fmt: skip
     data = escape(json.dumps(hover, separators=(",", ":"), ensure_ascii=False))

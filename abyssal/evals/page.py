@@ -69,12 +69,24 @@ def render(run: RunFiles) -> str:
         "cost": ("Time and tokens", cost_section(run.stages)),
         "recipe": ("Recipe", _recipe(run)),
     }
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     written = time.strftime("%Y-%m-%d", time.localtime(run.written_at)) if run.written_at else ""
     links = Markup("").join(
         Markup('<a href="#{}">{}</a>').format(name, title) for name, (title, body) in sections.items() if body
     )
+    return document(
+        name=run.name,
+        written=f" · {written}" if written else "",
+        heading="From raw text to a model that reasons",
+        header=Markup('<p class="lead">{}</p>{}<nav>{}</nav>').format(_lead(run), _tiles(run), links),
+        body=Markup("").join(body for _, body in sections.values()),
+        footer="One file, no network. The numbers behind every curve lie beside it, in each stage’s metrics.jsonl.",
+    )
+
+
+def document(*, name: str, written: str, heading: str, header: Markup, body: Markup, footer: str) -> str:
+    """One file with its style and script in it, which forbids itself everything else."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     page = Markup(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -82,20 +94,19 @@ def render(run: RunFiles) -> str:
         "<title>{name} · Abyssal report</title><style>{style}</style></head><body>"
         '<header class="top"><div class="masthead sans"><span><b>Abyssal</b> &nbsp; {name}{written}</span>'
         '<button id="theme" type="button" hidden aria-label="switch between light and dark">Dark</button></div>'
-        '<h1>From raw text to a model that reasons</h1><p class="lead">{lead}</p>{tiles}<nav>{links}</nav></header>'
-        "<main>{body}<footer>One file, no network. The numbers behind every curve lie beside it, in each stage’s "
-        "metrics.jsonl.</footer></main><script>{script}</script></body></html>\n"
+        "<h1>{heading}</h1>{header}</header><main>{body}<footer>{footer}</footer></main>"
+        "<script>{script}</script></body></html>\n"
     )
     return str(
         page.format(
             policy=Markup(policy),
-            name=run.name,
+            name=name,
             style=Markup(STYLE),
-            written=f" · {written}" if written else "",
-            lead=_lead(run),
-            tiles=_tiles(run),
-            links=links,
-            body=Markup("").join(body for _, body in sections.values()),
+            written=written,
+            heading=heading,
+            header=header,
+            body=body,
+            footer=footer,
             script=Markup(SCRIPT),
         )
     )

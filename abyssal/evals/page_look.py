@@ -135,9 +135,10 @@ SCRIPT = """
       const box = svg.getBoundingClientRect();
       const px = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
       if (px < chart.l - 6 || px > chart.r + 6) return hide();
-      const span = chart.x1 - chart.x0 || 1;
-      const x = chart.x0 + (px - chart.l) / (chart.r - chart.l) * span;
-      const near = (points) => points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
+      const place = (value) => chart.lx ? Math.log(value) : value;
+      const start = place(chart.x0), span = place(chart.x1) - start || 1;
+      const x = start + (px - chart.l) / (chart.r - chart.l) * span;
+      const near = (points) => points.reduce((a, b) => Math.abs(place(b[0]) - x) < Math.abs(place(a[0]) - x) ? b : a);
       const at = near(chart.s.flatMap((one) => one.p))[0];
       tip.replaceChildren();
       const line = (text, colour) => {
@@ -156,7 +157,7 @@ SCRIPT = """
         const [where, value] = near(one.p);
         line(`${one.n} ${show(value, chart.f)}` + (where === at ? "" : ` (at ${show(where)})`), one.c);
       }
-      const gx = chart.l + (at - chart.x0) / span * (chart.r - chart.l);
+      const gx = chart.l + (place(at) - start) / span * (chart.r - chart.l);
       guide.setAttribute("x1", gx); guide.setAttribute("x2", gx); guide.setAttribute("visibility", "visible");
       const left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8);
       tip.style.left = Math.max(8, left) + "px";

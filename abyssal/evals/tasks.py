@@ -13,11 +13,13 @@ import torch
 
 from abyssal.data.pack import Example, pack_isolated
 from abyssal.engine.engine import Engine
+from abyssal.engine.vocabulary import Vocabulary
 from abyssal.evals.grade import Grade, error_reasons, grade, summary
 from abyssal.evals.held_out_rows import held_out_metrics
 from abyssal.evals.passk import bootstrap_mean, cons_at_k
 from abyssal.evals.run_files import CHECKPOINTS
 from abyssal.model.transformer import Transformer, count_parameters
+from abyssal.reward.majority import answer_key
 from abyssal.reward.verifiers import Verifiers
 from abyssal.rollout import agreement, sample_answers
 from abyssal.tokens.tokenizer import Tokenizer
@@ -36,6 +38,7 @@ class EvalConfig:
     budgets: tuple[int, ...] = ()  # tokens of thinking after which </think> is forced; none: not measured
     budget_checkpoints: tuple[str, ...] = ("r1",)  # those whose thinking is cut
     budget_answers: int = 2  # k under a budget
+    landing: str = ""  # last words of thinking that is cut; a model that never read them may do better without
 
     def __post_init__(self) -> None:
         SamplingParams(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens)  # checks
@@ -59,6 +62,7 @@ class Result:
     family: dict[str, dict[str, Any]]
     per_problem: list[float]
     first_answers: list[tuple[Rollout, Grade]]
+    right_lengths: list[int]  # tokens of thinking of the answers that thought and were right
 
 
 def evaluate(
@@ -72,7 +76,13 @@ def evaluate(
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Result:
     """K answers to each problem through the engine; all checkpoints meet the same problems with the same noise."""
-    engine = Engine(model, eos_ids=sorted(tokenizer.end_ids), max_batch=256, vocab_size=tokenizer.vocab_size)
+    engine = Engine(
+        model,
+        eos_ids=sorted(tokenizer.end_ids),
+        max_batch=256,
+        vocab_size=tokenizer.vocab_size,
+        vocabulary=Vocabulary.of(tokenizer),
+    )
     params = SamplingParams(temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens)
     batch = max(1, 512 // config.answers)
     rollouts: list[Rollout] = []
@@ -100,7 +110,8 @@ def evaluate(
     for family in families:
         chosen = [i for i, r in enumerate(rollouts) if r.problem.family == family]
         by_family[family] = numbers([rollouts[i] for i in chosen], [grades[i] for i in chosen], k=k)
-    return Result(overall, by_family, per_problem, list(zip(rollouts[::k], grades[::k], strict=True)))
+    first_answers = list(zip(rollouts[::k], grades[::k], strict=True))
+    return Result(overall, by_family, per_problem, first_answers, right_lengths(rollouts, grades))
 
 
 def engine_gap(
@@ -135,7 +146,7 @@ def numbers(rollouts: list[Rollout], grades: list[Grade], *, k: int) -> dict[str
     if not decided:
         raise ValueError(f"the verifier decided none of {len(grades)} answers: {next(iter(error_reasons(grades)))}")
     accuracy_PK = [[grades[i].accuracy or 0.0 for i in group] for group in decided]
-    answers_PK = [[rollouts[i].message.content for i in group] for group in decided]
+    answers_PK = [[voted(rollouts[i]) for i in group] for group in decided]
     interval = bootstrap_mean([sum(row) / len(row) for row in accuracy_PK])
     return summary(grades) | {
         "accuracy": interval.value,
@@ -144,6 +155,21 @@ def numbers(rollouts: list[Rollout], grades: list[Grade], *, k: int) -> dict[str
         "n_problems": len(decided),
         "cons_at_k": cons_at_k(answers_PK, accuracy_PK),
     }
+
+
+def voted(rollout: Rollout) -> str | None:
+    """What an answer says in a vote; one that was cut off says nothing."""
+    return answer_key(rollout.message.content) if rollout.completion.finish_reason == "stop" else None
+
+
+def n_thought(rollout: Rollout) -> int:
+    """Tokens between <think> and </think>, or the end where it was not closed."""
+    report = rollout.completion.thinking
+    return 0 if report is None else report.n_tokens
+
+
+def right_lengths(rollouts: list[Rollout], grades: list[Grade]) -> list[int]:
+    return [n_thought(r) for r, g in zip(rollouts, grades, strict=True) if g.accuracy == 1.0 and n_thought(r) > 0]
 
 
 def mean_accuracy(grades: list[Grade]) -> float:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from abyssal.checkpoint.own_thinking import measured_lengths, write_lengths
 from abyssal.data.problems import NEVER_TRAINED, ProblemSource, problem_at
 from abyssal.evals.budget import budget_curve
 from abyssal.evals.passk import bootstrap_difference
@@ -32,6 +33,7 @@ def measure(
     source: ProblemSource,
     stream: ProblemStream,
     load: Callable[[str, str], Transformer],
+    checkpoint: Callable[[str], Path],
     names: list[str],
     tokenizer: Tokenizer,
     verifiers: Verifiers,
@@ -40,7 +42,8 @@ def measure(
 ) -> dict[str, Any]:
     """Leaves results.json and traces.json; a checkpoint that is already in results.json is not measured again.
 
-    `load` takes a checkpoint's name and a compute type.
+    `load` takes a checkpoint's name and a compute type, `checkpoint` a name: beside its weights it leaves how long the
+    model thought where it was right, for the efforts of a chat.
     """
     # a list of the user's own is asked once through: the same problem twice would only narrow the intervals
     n_problems = min(config.problems, len(stream.own_held_out) or config.problems)
@@ -57,6 +60,8 @@ def measure(
         if name not in results["checkpoints"]:
             model = load(name, "float32")
             result = evaluate(model, tokenizer, problems, config=config, verifiers=verifiers, seed=seed)
+            if lengths := measured_lengths(result.right_lengths):
+                write_lengths(checkpoint(name), lengths)
             families = dict(result.family)
             if strangers:
                 unseen = evaluate(model, tokenizer, strangers, config=config, verifiers=verifiers, seed=seed)

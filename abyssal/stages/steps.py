@@ -227,6 +227,7 @@ def run_eval(run: Run, stage: str, verifiers: Verifiers) -> dict[str, Any]:
             config=run.recipe.eval,
             source=run.recipe.data.problems,
             load=run.load,
+            checkpoint=run.checkpoint,
             names=names,
             tokenizer=run.tokenizer(),
             verifiers=verifiers,
