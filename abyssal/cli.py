@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,7 +32,7 @@ from abyssal.stages.results import print_results
 from abyssal.stages.run import STAGES
 from abyssal.stages.way import open_run, walk
 from abyssal.talk import talk
-from abyssal.types import RequestError, SamplingParams
+from abyssal.types import RequestError, SamplingParams, Structure
 
 USAGE = f"""\
 abyssal: from raw text to a reasoning model
@@ -68,6 +68,9 @@ class ChatOptions:
     best_of: int = 1  # answers drawn for each that is given: what most of them say
     dtype: Literal["auto", "float32", "bfloat16"] | None = None  # of products; FP32, or auto with weights in few bits
     weights: Literal["compute", "fp8", "int8", "int4"] = "compute"  # compute: in the type of products
+    json: bool = False  # the answer is a JSON object
+    schema: Path | None = None  # the answer is JSON by the schema in this file
+    regex: str | None = None  # the answer matches this as a whole
     raw: bool = False  # continue the prompt as it stands, its control tokens included, without the chat template
     cache: Path | None = None  # keep what was computed in this folder and use it next time; auto: the user's own cache
     cache_bytes: int = MAX_BYTES  # the room that may take
@@ -129,6 +132,7 @@ def chat(arguments: list[str]) -> None:
         temperature=own.temperature if options.temperature is None else options.temperature,
         top_p=own.top_p if options.top_p is None else options.top_p,
         seed=options.seed,
+        structure=structure_of(options),
     )
     talk(
         path,
@@ -146,6 +150,19 @@ def chat(arguments: list[str]) -> None:
         min_thinking=options.min_thinking,
         best_of=options.best_of,
     )
+
+
+def structure_of(options: ChatOptions) -> Structure | None:
+    asked = [Structure("json")] if options.json else []
+    if options.schema is not None:
+        asked.append(Structure("schema", options.schema.read_text(encoding="utf-8")))
+    if options.regex is not None:
+        asked.append(Structure("regex", options.regex))
+    if len(asked) > 1:
+        raise ValueError("--json, --schema and --regex say what an answer is; give one of them")
+    if asked and options.raw:
+        return replace(asked[0], may_think=False)
+    return asked[0] if asked else None
 
 
 def disk_cache(folder: Path | None, *, max_bytes: int) -> DiskCache | None:

@@ -27,7 +27,8 @@ from abyssal.model.transformer import Transformer
 from abyssal.reward.majority import answer_key, votes
 from abyssal.tokens.chat import ThinkingMode, landing_ids, landing_of, opens_thinking, parse, render
 from abyssal.tokens.tokenizer import Tokenizer
-from abyssal.types import Conversation, FinishReason, Message, SamplingParams, Structure, ThinkingLimits
+from abyssal.tokens.tool_structure import tool_structure
+from abyssal.types import Completion, Conversation, FinishReason, Message, SamplingParams, Structure, ThinkingLimits
 
 Judge = Callable[[list[Message]], Sequence[float | None]]  # one number an answer, None where it cannot tell
 
@@ -69,6 +70,7 @@ class LM:
         """`sampling` is what `chat` draws with unless it is told otherwise, `thinking_lengths` what effort goes by."""
         self.model, self.tokenizer, self.sampling = model.eval(), tokenizer, sampling
         self.thinking_lengths = thinking_lengths
+        self.grammars = Grammars(tokenizer)
         self.engine = Engine(
             model,
             eos_ids=sorted(tokenizer.end_ids),
@@ -82,9 +84,9 @@ class LM:
             prefix_cache=invariant or disk_cache is not None,
             disk_cache=disk_cache and replace(disk_cache, tokenizer=tokenizer.fingerprint),
             vocabulary=Vocabulary.of(tokenizer),
-            grammars=Grammars(tokenizer),
+            grammars=self.grammars,
         )
-        self._ended: dict[int, list[int]] = {}  # ids of answers that ended, until their stream has handed them out
+        self._ended: dict[int, Completion] = {}  # answers that ended, until their stream has handed them out
 
     @torch.inference_mode()
     def logits(self, ids_BT: Tensor | Sequence[Sequence[int]]) -> Tensor:
@@ -139,19 +141,27 @@ class LM:
         budget: int | None = None,
         min_thinking: int = 0,
         structure: Structure | None = None,
+        strict: bool = False,
+        tool_choice: str = "auto",
     ) -> Message:
         """The assistant's next message, with `thinking`, `content` and the calls of `tools` (JSON schemas) apart.
 
         `budget`: tokens of thinking at most, or an `effort`, which is a budget made for this model. At least
-        `min_thinking`. With a `structure` the content is that and nothing else, unless max_tokens cuts it.
+        `min_thinking`. With a `structure` the content is that and nothing else, unless max_tokens cuts it. `strict`:
+        what calls a tool is whole, names one and fits its schema; `tool_choice` is "auto", "required" or a name.
         """
         limits = self.limits(effort=effort, budget=budget, min_thinking=min_thinking)
         prompt = render(messages, self.tokenizer, add_generation_prompt=True, thinking=thinking, tools=tools).ids
         params = params or self._own_params(prompt)
+        if strict or tool_choice != "auto":
+            if structure is not None:
+                raise ValueError("calls by strict tools are a structure of their own; leave structure= or strict= out")
+            structure = tool_structure(tools, self.tokenizer, choice=tool_choice)
         if structure is not None:
             params = replace(params, structure=structure)
         (completion,) = self.engine.generate([prompt], [params], thinking=limits)
-        return parse(completion.ids, self.tokenizer, thinking_open=opens_thinking(prompt, self.tokenizer))
+        ids = completion.checked().ids
+        return parse(ids, self.tokenizer, thinking_open=opens_thinking(prompt, self.tokenizer))
 
     def best(
         self,
@@ -231,11 +241,12 @@ class LM:
         try:
             on_start(request)
             while request not in self._ended:
-                self._ended |= {finished.request_id: finished.completion.ids for finished in self.engine.step()}
-                drawn = self._ended[request] if request in self._ended else self.engine.drawn(request)
+                self._ended |= {finished.request_id: finished.completion for finished in self.engine.step()}
+                drawn = self._ended[request].ids if request in self._ended else self.engine.drawn(request)
                 yield from drawn[n_seen:]
                 n_seen = len(drawn)
-            yield from self._ended[request][n_seen:]  # it ended while another stream was stepping
+            yield from self._ended[request].ids[n_seen:]  # it ended while another stream was stepping
+            self._ended[request].checked()
         finally:
             self.engine.abort(request)
             self._ended.pop(request, None)

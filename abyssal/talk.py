@@ -22,7 +22,7 @@ from abyssal.machine import leave_busy_cores
 from abyssal.progress import bytes_bar
 from abyssal.tokens.bpe import END_THINK, THINK
 from abyssal.tokens.chat import ThinkingMode, opens_thinking, parse, render
-from abyssal.types import Conversation, Message, SamplingParams, ThinkingLimits
+from abyssal.types import Conversation, Message, RequestError, SamplingParams, ThinkingLimits
 
 ROOM = 256  # tokens for an answer, beside those for its thinking where they are limited
 
@@ -68,7 +68,8 @@ def talk(
     leave_busy_cores()
     with bytes_bar(f"loading {directory}", console) as on_bytes:
         lm = load(directory, dtype=dtype, weights=weights, disk_cache=disk_cache, on_bytes=on_bytes)
-        lm = load(directory, dtype=dtype, weights=weights, on_bytes=on_bytes)
+    if params.structure is not None:
+        lm.grammars.control(params.structure)  # what makes no sense is said before a question is asked
     limits = lm.limits(effort=effort, budget=budget, min_thinking=min_thinking)
     params = replace(params, max_tokens=answer_room(max_tokens, limits))
     if effort is not None:
@@ -99,7 +100,7 @@ def talk(
         own = replace(manner, params=replace(params, seed=params.seed + turn))
         try:  # a question too long for the context ends this turn, not the conversation
             said = answer(lm, asked, own, console=console)
-        except ValueError as error:
+        except (ValueError, RequestError) as error:
             console.print(f"[red]{escape(str(error))}[/red]")
             continue
         conversation = [*asked, said]
@@ -189,4 +190,7 @@ def spoken(lm: LM, prompt: list[int], manner: Manner, *, in_thought: bool, conso
                 console.print(text[len(printed) :], style=style, end="", markup=False, highlight=False)
                 printed = text
     console.print()
+    if manner.params.structure is not None and lm.tokenizer.end_ids.isdisjoint(ids[-1:]):
+        said = f"cut at {manner.params.max_tokens} tokens: a whole answer begins so; give more with --max-tokens"
+        console.print(f"[dim]{said}[/dim]", highlight=False)
     return ids

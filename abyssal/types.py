@@ -75,7 +75,7 @@ class Score(NamedTuple):
     error: str | None = None
 
 
-StructureKind = Literal["json", "schema", "regex", "choice"]
+StructureKind = Literal["json", "schema", "regex", "choice", "tools"]
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,9 @@ class Structure:
     """What an answer has to be: its draws are confined to it (engine/grammar.py).
 
     "json" is an object, "schema" what a JSON schema (a value or its text) describes, "regex" a text that the expression
-    matches as a whole (digits, letters and blanks of its classes are ASCII), "choice" one of a list of texts. Thinking
-    that the prompt has opened stays free; `may_think` says that the model may open it by itself.
+    matches as a whole (digits, letters and blanks of its classes are ASCII), "choice" one of a list of texts, "tools"
+    calls in a model's own form (tokens/tool_structure.py). Thinking that the prompt has opened stays free; `may_think`
+    says that the model may open it by itself.
     """
 
     kind: StructureKind

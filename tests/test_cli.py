@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -186,6 +187,22 @@ def test_a_raw_prompt_is_continued_as_it_stands(checkpoint, capfd, fails):
 def test_sampling_settings_that_make_no_sense(checkpoint, fails):
     assert "temperature=-1.0 is no number" in fails("chat", checkpoint, "--prompt", "x", "--temperature", "-1")
     assert "max_tokens=0" in fails("chat", checkpoint, "--prompt", "x", "--max-tokens", "0")
+
+
+def test_an_answer_by_a_schema_is_that_and_nothing_else(checkpoint, home, capfd, fails):
+    schema = home / "schema.json"
+    schema.write_text('{"enum": ["red", "所以", 7]}', encoding="utf-8")
+    ask = ["chat", str(checkpoint), "--prompt", "one plus", "--thinking", "off", "--max-tokens", "20"]
+    assert cli.dispatch([*ask, "--schema", str(schema)]) == 0
+    assert json.loads(capfd.readouterr().out) in ("red", "所以", 7)
+    assert cli.dispatch([*ask, "--regex", "[ab]{3}"]) == 0
+    assert re.fullmatch("[ab]{3}", capfd.readouterr().out.strip())
+    assert cli.dispatch([*ask[:-1], "1", "--json"]) == 0
+    assert "cut at 1 tokens: a whole answer begins so" in capfd.readouterr().out
+    assert "give one of them" in fails(*ask, "--json", "--regex", "a")
+    assert "this regex: unclosed character class; change it" in fails(*ask, "--regex", "[a")
+    schema.write_text('{"not": {}}')
+    assert "has 'not', which cannot be enforced; leave it out" in fails(*ask, "--schema", schema)
 
 
 @pytest.mark.parametrize("how", [[], ["--weights", "int4"]])

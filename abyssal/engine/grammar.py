@@ -14,12 +14,12 @@ import functools
 import json
 import re
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 
-from abyssal.engine.schema_check import MAX_CHARS, MAX_LITERAL_CHARS, checked_schema
+from abyssal.engine.schema_check import MAX_CHARS, MAX_LITERAL_CHARS, Work, checked_schema
 from abyssal.engine.vocabulary import Vocabulary
 from abyssal.tokens.tokenizer import Tokenizer
 from abyssal.types import Structure
@@ -188,10 +188,46 @@ def grammar_source(structure: Structure) -> str:
     if structure.kind == "choice":
         texts = checked_choice(structure.value)
         return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in texts))
+    if structure.kind == "tools":
+        return LLMatcher.grammar_from_lark(tools_lark(structure.value))
     schema = checked_schema(structure.value or '{"type": "object"}')
+    return LLMatcher.grammar_from_json_schema(_with_options(schema))
+
+
+def tools_lark(text: str) -> str:
+    """Of tokens/tool_structure.py's description, in which all but the schemas is ours."""
+    if len(text) > MAX_CHARS:
+        raise ValueError(f"the tools have {len(text)} characters; leave them at {MAX_CHARS}")
+    tools, work, rules = json.loads(text), Work(), list[str]()
+
+    def rule(parts: list[dict[str, Any]]) -> str:
+        written = []
+        for part in parts:
+            match part:
+                case {"id": int(token)}:
+                    written.append(f"<[{token}]>")
+                case {"text": str(said)}:
+                    written.append(json.dumps(said))
+                case {"schema": schema}:
+                    written.append(f"s{len(rules)}")
+                    schema = checked_schema(json.dumps(schema), work=work)
+                    rules.append(f"s{len(rules)}: %json {json.dumps(_with_options(schema))}")
+        return " ".join(written)
+
+    calls = [f"({rule(call)})" for call in tools["calls"]]
+    end = f"({rule(tools['end'])})" + "?" * tools["may_lack_end"] if tools["end"] else ""
+    between = json.dumps(tools["between"]) if tools["between"] else ""
+    free = "TEXT? | TEXT? calls" if tools["may_speak"] else "calls"
+    return "\n".join(
+        (f"start: {free}", "TEXT: /(.|\\n)+/", f"calls: {rule(tools['begin'])} call ({between} call)* {end}",
+         f"call: {' | '.join(calls)}", *rules)
+    )  # fmt: skip
+
+
+def _with_options(schema: Any) -> dict[str, Any]:
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
-    return LLMatcher.grammar_from_json_schema(schema | {"x-guidance": JSON_OPTIONS})
+    return schema | {"x-guidance": JSON_OPTIONS}
 
 
 def checked_choice(text: str) -> list[str]:

@@ -48,26 +48,41 @@ TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|[+-](?:[01]\d|2[0-3
 FORMATS = {"date": f"^{DATE}$", "time": f"^{TIME}$", "date-time": f"^{DATE}T{TIME}$"}
 
 
-def checked_schema(text: str) -> Any:
-    """The schema in a JSON text, as the compiler is to read it. ValueError for what cannot be enforced, or too much."""
+def checked_schema(text: str, *, work: Work | None = None) -> Any:
+    """The schema in a JSON text, as the compiler is to read it. ValueError for what cannot be enforced, or too much.
+
+    Several that share `work` are too much together when one schema of their size would be.
+    """
     if len(text) > MAX_CHARS:
         raise ValueError(f"the schema has {len(text)} characters; leave it at {MAX_CHARS}")
     try:
         schema = json.loads(text, parse_float=_finite, parse_constant=_finite, parse_int=_whole)
         _check_levels(schema)
-        return Checker(schema).checked(schema, "#")
+        return Checker(schema, work or Work()).checked(schema, "#")
     except RecursionError:
         raise ValueError(f"the schema has more than {MAX_LEVELS} levels; take some out") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"the schema is no JSON ({error}); correct it") from None
 
 
+class Work:
+    """What compiling will cost, in units of MAX_WORK."""
+
+    def __init__(self) -> None:
+        self.spent = 0
+
+    def add(self, units: int, where: str) -> None:
+        self.spent += units
+        if self.spent > MAX_WORK:
+            raise ValueError(f"the schema is too much work ({self.spent} units at {where}, of {MAX_WORK}); shorten it")
+
+
 class Checker:
     """Walks one schema. `where` is the place of what is looked at, as a JSON pointer."""
 
-    def __init__(self, root: Any) -> None:
-        self._root = root
-        self._work, self._multiples = 0, 1
+    def __init__(self, root: Any, work: Work) -> None:
+        self._root, self._work = root, work
+        self._multiples = 1
         self._alternatives: dict[int, int] = {}
 
     def checked(self, schema: Any, where: str, *, power: int = 1) -> Any:
@@ -83,9 +98,7 @@ class Checker:
         self._check_sizes(schema, where)
         self._check_least(schema, where)
         self.alternatives(schema)
-        self._work += _work(schema, power)
-        if self._work > MAX_WORK:
-            raise ValueError(f"the schema is too much work ({self._work} units at {where}, of {MAX_WORK}); shorten it")
+        self._work.add(_work(schema, power), where)
         power = min(power * max(1, len(_listed(schema.get("allOf")))), 16)
         return _dated({word: self._within(word, value, f"{where}/{word}", power) for word, value in schema.items()})
 
