@@ -97,6 +97,21 @@ def test_repeated_prompts_draw_different_answers_and_a_seed_repeats_them():
     assert first != [c.ids for c in engine.generate(prompts, SamplingParams(max_tokens=10, seed=2))]
 
 
+def test_several_answers_to_each_prompt_begin_with_the_one_there_is_anyway():
+    engine = Engine(small_model(), eos_ids=[])
+    prompts, params = random_prompts([8, 5]), SamplingParams(max_tokens=10, seed=1)
+    counts = counted_prefills(engine)
+    three = [c.ids for c in engine.generate(prompts, params, n=3)]
+    assert sum(counts) == 2 and len({tuple(ids) for ids in three}) == 6
+    assert three[::3] == [c.ids for c in engine.generate(prompts, params)]
+    assert [ids for i, ids in enumerate(three) if i % 3 < 2] == [c.ids for c in engine.generate(prompts, params, n=2)]
+    each = [params, replace(params, seed=7)]
+    assert [c.ids for c in engine.generate(prompts, each, n=2)][::2] == [c.ids for c in engine.generate(prompts, each)]
+    for n in (0, 129):
+        with pytest.raises(ValueError, match=f"n={n} answers to a prompt; ask for 1 to 128"):
+            engine.generate(prompts, params, n=n)
+
+
 @pytest.mark.parametrize("n_blocks", [6, 9, 14])
 def test_too_few_blocks_change_no_token(n_blocks):
     model = small_model()

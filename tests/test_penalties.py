@@ -56,11 +56,11 @@ def test_before_anything_is_drawn_only_the_prompt_counts():
 
 
 def test_a_bias_is_added_once_to_each_id_it_names():
-    bias = bias_of([{}, {2: 1.5, 0: -100.0}], torch.device("cpu"))
+    bias = bias_of({0: {}, 1: {2: 1.5, 0: -100.0}}, torch.device("cpu"))
     assert bias is not None
     logits_BV = torch.tensor([LOGITS, LOGITS]).index_put((bias.rows_X, bias.ids_X), bias.values_X, accumulate=True)
     assert logits_BV.tolist() == [LOGITS, [-98.0, -1.0, 2.0, 0.0, 3.0]]
-    assert bias_of([{}, {}], torch.device("cpu")) is None
+    assert bias_of({0: {}}, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.2])

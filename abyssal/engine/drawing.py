@@ -285,14 +285,14 @@ class Drawing:
             "top_k_B": rows.top_k_R,
             "min_p_B": rows.min_p_R,
         }
-        sequences = [rows.sequence_in(row) for row in rows_B.tolist()]
         penalised_P = rows.penalties.is_on_R[rows_B].nonzero()[0]
+        more = {place: self._sequence(rows_B, place) for place in (~rows.draws_freely_R[rows_B]).nonzero()[0].tolist()}
         plan = Plan(
             how=sampling(**{name: torch.from_numpy(column[rows_B]) for name, column in columns.items()}, device=device),
             penalised_P=penalised_P if len(penalised_P) else None,
-            bias=bias_of([sequence.params.logit_bias for sequence in sequences], device),
-            told=[place for place, sequence in enumerate(sequences) if sequence.params.top_logprobs],
-            watched=[place for place, sequence in enumerate(sequences) if sequence.search is not None],
+            bias=bias_of({place: sequence.params.logit_bias for place, sequence in more.items()}, device),
+            told=[place for place, sequence in more.items() if sequence.params.top_logprobs],
+            watched=[place for place, sequence in more.items() if sequence.search is not None],
         )
         if len(rows_B) == len(rows.active):
             self._kept = version, plan

@@ -38,6 +38,7 @@ from abyssal.engine.vocabulary import Vocabulary
 from abyssal.model.transformer import Transformer
 from abyssal.types import Completion, SamplingParams, Structure, ThinkingLimits, ThinkingReport
 
+MAX_ANSWERS = 128  # to one prompt, so that one request cannot ask for all there is
 PREFILL_TOKENS = 8192  # padded prompt tokens of one step, so that a burst of prompts fits in memory
 
 
@@ -437,22 +438,32 @@ class Engine:
         prompts: Seq[Seq[int]],
         params: SamplingParams | Seq[SamplingParams],
         *,
+        n: int = 1,
         thinking: ThinkingLimits | None = None,
     ) -> list[Completion]:
-        """Answers in the order of the prompts; equal prompts are computed once.
+        """`n` answers to each prompt, in the order of the prompts; equal prompts are computed once.
 
         One `params` for all: request i draws with a seed derived from (params.seed, i), so repeated prompts get
-        different answers. A list of params, one a prompt, is taken as it is.
+        different answers. A list of params, one a prompt, is taken as it is. The first of n answers is the one there
+        is without n; the others draw with seeds derived from its seed and their number.
+        One that cannot be computed is among them with its `error` (`Completion.checked`).
         """
+        if not 1 <= n <= MAX_ANSWERS:
+            raise ValueError(f"n={n} answers to a prompt; ask for 1 to {MAX_ANSWERS}")
         if isinstance(params, SamplingParams):
             params = [replace(params, seed=derive_seed(params.seed, i)) for i in range(len(prompts))]
         if len(params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling params; give one, or one a prompt")
+        asked = [
+            (prompt, own if g == 0 else replace(own, seed=derive_seed(own.seed, g)))
+            for prompt, own in zip(prompts, params, strict=True)
+            for g in range(n)
+        ]
         order: list[int] = []
         done: dict[int, Completion] = {}
         others: list[Finished] = []
         try:
-            for prompt, own in zip(prompts, params, strict=True):
+            for prompt, own in asked:
                 order.append(self.add(prompt, own, thinking=thinking))
             pending = set(order)
             while pending:

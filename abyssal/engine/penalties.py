@@ -83,9 +83,9 @@ class Bias(NamedTuple):
     values_X: Tensor
 
 
-def bias_of(each: list[Mapping[int, float]], device: torch.device) -> Bias | None:
-    """From one mapping a row of the batch; None when all are empty."""
-    pairs = [(row, i, value) for row, bias in enumerate(each) for i, value in bias.items()]
+def bias_of(each: Mapping[int, Mapping[int, float]], device: torch.device) -> Bias | None:
+    """From each row's biases, by its place in the batch; None when there are none."""
+    pairs = [(row, i, value) for row, bias in each.items() for i, value in bias.items()]
     if not pairs:
         return None
     rows, ids, values = zip(*pairs, strict=True)
