@@ -60,6 +60,12 @@ class ChatOptions:
     temperature: float | None = None  # the model's own, or else 0.6
     top_p: float | None = None  # the model's own, or else 0.95
     max_tokens: int | None = None  # 256, and as many more as the thinking may take
+    top_k: int = 0  # the likeliest so many; 0 for all
+    min_p: float = 0.0  # those at least so many times as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1 against ids that were read or written (CTRL)
+    presence_penalty: float = 0.0  # above 0 against ids that were written, -2 to 2
+    frequency_penalty: float = 0.0  # the same for each time
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these texts
     seed: int = 0
     thinking: Literal["auto", "on", "off"] = "auto"  # auto: the model decides
     effort: Literal["low", "medium", "high"] | None = None  # a budget by what this model's right answers need
@@ -131,6 +137,12 @@ def chat(arguments: list[str]) -> None:
     params = SamplingParams(
         temperature=own.temperature if options.temperature is None else options.temperature,
         top_p=own.top_p if options.top_p is None else options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        stop=options.stop,
         seed=options.seed,
         structure=structure_of(options),
     )

@@ -22,6 +22,7 @@ from abyssal.checkpoint.packaged import packaged_checkpoint
 from abyssal.engine.disk_cache import DiskCache
 from abyssal.engine.engine import Engine
 from abyssal.engine.grammar import Grammars
+from abyssal.engine.stream_text import StreamText, text_of
 from abyssal.engine.vocabulary import Vocabulary
 from abyssal.model.transformer import Transformer
 from abyssal.reward.majority import answer_key, votes
@@ -36,12 +37,17 @@ PREFILL_CHUNK = 256  # prompt tokens of a step: how long those who are being ans
 
 
 class Generated(NamedTuple):
-    """`logps` are under the model's own distribution, one per id; `text` has no control tokens' marks at its end."""
+    """`logps` are under the model's own distribution, one per id. `text` has no control tokens, and ends before the
+    `stop` string that ended it, which `ids` spell too. `error` says why there is no more of it; the others' are whole.
+    """
 
     text: str
     ids: list[int]
     logps: list[float]
     finish_reason: FinishReason
+    stop: str | None = None
+    top_logprobs: list[dict[int, float]] | None = None
+    error: str | None = None
 
 
 class Best(NamedTuple):
@@ -71,6 +77,7 @@ class LM:
         self.model, self.tokenizer, self.sampling = model.eval(), tokenizer, sampling
         self.thinking_lengths = thinking_lengths
         self.grammars = Grammars(tokenizer)
+        self._vocabulary = Vocabulary.of(tokenizer)
         self.engine = Engine(
             model,
             eos_ids=sorted(tokenizer.end_ids),
@@ -83,7 +90,7 @@ class LM:
             # else a question asked twice could get two answers, a rounding apart; who wants a disk cache accepts that
             prefix_cache=invariant or disk_cache is not None,
             disk_cache=disk_cache and replace(disk_cache, tokenizer=tokenizer.fingerprint),
-            vocabulary=Vocabulary.of(tokenizer),
+            vocabulary=self._vocabulary,
             grammars=self.grammars,
         )
         self._ended: dict[int, Completion] = {}  # answers that ended, until their stream has handed them out
@@ -106,11 +113,13 @@ class LM:
         prompts: str | Sequence[str],
         params: SamplingParams | None = None,
         *,
+        n: int = 1,
         raw: bool = False,
         structure: Structure | None = None,
     ) -> list[Generated]:
         """Continue plain text, without the chat template; text that spells a control token stays text unless `raw`.
 
+        `n` continuations of each, side by side; the first is the one there is without `n`.
         With a `structure` the text is that and nothing else, unless max_tokens cuts it.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -119,7 +128,8 @@ class LM:
         if structure is not None:
             params = replace(params, structure=replace(structure, may_think=False))
         return [
-            Generated(self._text(c.ids), c.ids, c.logps, c.finish_reason) for c in self.engine.generate(ids, params)
+            Generated(self._text(c), c.ids, c.logps, c.finish_reason, c.stop, c.top_logprobs, c.error)
+            for c in self.engine.generate(ids, params, n=n)
         ]
 
     def prompt_ids(self, text: str, *, raw: bool = False) -> list[int]:
@@ -160,8 +170,13 @@ class LM:
         if structure is not None:
             params = replace(params, structure=structure)
         (completion,) = self.engine.generate([prompt], [params], thinking=limits)
-        ids = completion.checked().ids
-        return parse(ids, self.tokenizer, thinking_open=opens_thinking(prompt, self.tokenizer))
+        completion.checked()
+        return self.message(completion.ids, prompt, stop=completion.stop)
+
+    def message(self, ids: list[int], prompt_ids: list[int], *, stop: str | None = None) -> Message:
+        """What an answer says, up to the stop string that ended it."""
+        found = parse(ids, self.tokenizer, thinking_open=opens_thinking(prompt_ids, self.tokenizer))
+        return found if stop is None else replace(found, content=found.content.partition(stop)[0])
 
     def best(
         self,
@@ -182,8 +197,7 @@ class LM:
         limits = limits or self.limits()
         prompt = render(messages, self.tokenizer, add_generation_prompt=True, thinking=thinking).ids
         completions = self.engine.generate([prompt] * n, params or self._own_params(prompt), thinking=limits)
-        is_open = opens_thinking(prompt, self.tokenizer)
-        candidates = [parse(c.ids, self.tokenizer, thinking_open=is_open) for c in completions]
+        candidates = [self.message(c.ids, prompt, stop=c.stop) for c in completions]
         whole = [i for i, c in enumerate(completions) if c.finish_reason == "stop"]
         worth: list[float | None] = [None] * n
         if by == "majority":
@@ -193,6 +207,7 @@ class LM:
         for i, value in zip(whole, found, strict=True):
             worth[i] = value
         chosen = max(range(n), key=lambda i: (-math.inf if worth[i] is None else worth[i], -i))
+        completions[chosen].checked()
         return Best(candidates[chosen], chosen, candidates, worth, sum(len(c.ids) for c in completions))
 
     def limits(
@@ -220,9 +235,7 @@ class LM:
 
     def _own_params(self, prompt: list[int]) -> SamplingParams:
         room = self.model.config.max_position_embeddings - len(prompt)
-        return SamplingParams(
-            temperature=self.sampling.temperature, top_p=self.sampling.top_p, max_tokens=max(1, room)
-        )
+        return SamplingParams(temperature=self.sampling.temperature, top_p=self.sampling.top_p, max_tokens=max(1, room))
 
     def stream(
         self,
@@ -232,7 +245,7 @@ class LM:
         limits: ThinkingLimits | None = None,
         on_start: Callable[[int], None] = lambda request_id: None,
     ) -> Iterator[int]:
-        """The ids of one answer as they are drawn; leaving the loop early frees what it held.
+        """The ids of one answer as they are drawn; leaving the loop early frees what it held. `text` reads them.
 
         `on_start` is told the request, for `engine.answer_now`.
         """
@@ -251,8 +264,13 @@ class LM:
             self.engine.abort(request)
             self._ended.pop(request, None)
 
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special=True)
+    def text(self, prompt_ids: list[int], params: SamplingParams) -> StreamText:
+        """What makes text of a stream's ids, as they come."""
+        return StreamText(self._vocabulary, stop=params.stop, prompt_ids=prompt_ids)
+
+    def _text(self, completion: Completion) -> str:
+        stop = () if completion.stop is None else (completion.stop,)
+        return text_of(completion.ids, self._vocabulary, stop=stop, prompt_ids=completion.prompt_ids)
 
 
 def load(

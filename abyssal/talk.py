@@ -21,7 +21,7 @@ from abyssal.lm import LM, load
 from abyssal.machine import leave_busy_cores
 from abyssal.progress import bytes_bar
 from abyssal.tokens.bpe import END_THINK, THINK
-from abyssal.tokens.chat import ThinkingMode, opens_thinking, parse, render
+from abyssal.tokens.chat import ThinkingMode, opens_thinking, render
 from abyssal.types import Conversation, Message, RequestError, SamplingParams, ThinkingLimits
 
 ROOM = 256  # tokens for an answer, beside those for its thinking where they are limited
@@ -124,15 +124,12 @@ def answer(lm: LM, conversation: Conversation, manner: Manner, *, console: Conso
     if manner.best_of > 1:
         return chosen(lm, conversation, manner, console=console)
     prompt = render(conversation, lm.tokenizer, add_generation_prompt=True, thinking=manner.thinking).ids
-    thought = opens_thinking(prompt, lm.tokenizer)
-    ids = spoken(lm, prompt, manner, in_thought=thought, console=console)
-    return parse(ids, lm.tokenizer, thinking_open=thought)
+    ids, stop = spoken(lm, prompt, manner, in_thought=opens_thinking(prompt, lm.tokenizer), console=console)
+    return lm.message(ids, prompt, stop=stop)
 
 
 def chosen(lm: LM, conversation: Conversation, manner: Manner, *, console: Console) -> Message:
-    best = lm.best(
-        conversation, manner.best_of, params=manner.params, thinking=manner.thinking, limits=manner.limits
-    )
+    best = lm.best(conversation, manner.best_of, params=manner.params, thinking=manner.thinking, limits=manner.limits)
     if best.message.thinking:
         console.print(best.message.thinking, style="dim", markup=False, highlight=False)
     console.print(best.message.content, style="bold", markup=False, highlight=False)
@@ -164,33 +161,34 @@ class Hurry:
         self.wanted = True
 
 
-def spoken(lm: LM, prompt: list[int], manner: Manner, *, in_thought: bool, console: Console) -> list[int]:
-    """The ids drawn after a prompt, printed as they come."""
+def spoken(
+    lm: LM, prompt: list[int], manner: Manner, *, in_thought: bool, console: Console
+) -> tuple[list[int], str | None]:
+    """The ids drawn after a prompt, printed as they come, and the stop string that ended them."""
     ids: list[int] = []
-    piece: list[int] = []  # since the last control token
-    printed = ""
     requests: list[int] = []
+    text = lm.text(prompt, manner.params)
     with Hurry(in_thought=in_thought) as hurry:
+
+        def show(piece: str) -> None:
+            if piece:
+                style = "dim" if hurry.in_thought else "bold"
+                console.print(piece, style=style, end="", markup=False, highlight=False)
+
         for token in lm.stream(prompt, manner.params, limits=manner.limits, on_start=requests.append):
             ids.append(token)
-            if token in lm.tokenizer.control_ids:
-                if token == lm.tokenizer.find(END_THINK) and hurry.in_thought:
-                    hurry.in_thought = False
-                    console.print()
-                elif token == lm.tokenizer.find(THINK) and len(ids) == 1:
-                    hurry.in_thought = True
-                piece, printed = [], ""
-                continue
-            if hurry.wanted:
+            show(text.feed(token))
+            if token == lm.tokenizer.find(END_THINK) and hurry.in_thought:
+                hurry.in_thought = False
+                console.print()
+            elif token == lm.tokenizer.find(THINK) and len(ids) == 1:
+                hurry.in_thought = True
+            elif hurry.wanted and token not in lm.tokenizer.control_ids:
                 lm.engine.answer_now(requests[0])
-            piece.append(token)
-            text = lm.tokenizer.decode(piece)
-            if not text.endswith("\ufffd"):  # half a character: wait for the rest
-                style = "dim" if hurry.in_thought else "bold"
-                console.print(text[len(printed) :], style=style, end="", markup=False, highlight=False)
-                printed = text
+        show(text.end())
     console.print()
-    if manner.params.structure is not None and lm.tokenizer.end_ids.isdisjoint(ids[-1:]):
+    is_whole = text.stop is not None or not lm.tokenizer.end_ids.isdisjoint(ids[-1:])
+    if manner.params.structure is not None and not is_whole:
         said = f"cut at {manner.params.max_tokens} tokens: a whole answer begins so; give more with --max-tokens"
         console.print(f"[dim]{said}[/dim]", highlight=False)
-    return ids
+    return ids, text.stop

@@ -185,7 +185,11 @@ def test_a_raw_prompt_is_continued_as_it_stands(checkpoint, capfd, fails):
 
 
 def test_sampling_settings_that_make_no_sense(checkpoint, fails):
-    assert "temperature=-1.0 is no number" in fails("chat", checkpoint, "--prompt", "x", "--temperature", "-1")
+    said = fails("chat", checkpoint, "--prompt", "x", "--temperature", "-1")
+    assert "temperature=-1.0 is no number from 0 up" in said
+    said = fails("chat", checkpoint, "--prompt", "x", "--presence-penalty", "3")
+    assert "presence_penalty=3.0 is outside [-2, 2]" in said
+    assert "a stop string of 0 bytes" in fails("chat", checkpoint, "--prompt", "x", "--stop", "")
     assert "max_tokens=0" in fails("chat", checkpoint, "--prompt", "x", "--max-tokens", "0")
 
 

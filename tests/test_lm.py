@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import chat_templates
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_models import small_model
 from test_dialects import speaking
 
@@ -20,6 +23,7 @@ from abyssal.data.corpus import document_ids
 from abyssal.tokens.bpe import train_bpe
 from abyssal.tokens.chat import parse, render
 from abyssal.tokens.tokenizer import Tokenizer
+from abyssal.types import RequestError
 
 TEXTS = ["one plus two is three", "name a colour: red", "<think>", "所以"] * 20
 CONTEXT = 96
@@ -129,7 +133,7 @@ def prompts_of(lm: LM, texts: list[str]) -> list[list[int]]:
     """What the engine is asked when these are to be continued."""
     seen: list[list[int]] = []
     generate = lm.engine.generate
-    lm.engine.generate = lambda prompts, how: seen.extend(prompts) or generate(prompts, how)  # type: ignore
+    lm.engine.generate = lambda prompts, *how, **more: seen.extend(prompts) or generate(prompts, *how, **more)  # type: ignore
     lm.generate(texts, SamplingParams(max_tokens=1))
     lm.engine.generate = generate  # type: ignore
     return seen
@@ -220,6 +224,79 @@ def test_what_was_drawn_so_far_is_known_even_while_waiting_again(lm: LM):
     assert finished[0].completion.ids[: len(before)] == before
     with pytest.raises(ValueError, match="has ended or never was"):
         lm.engine.drawn(request)
+
+
+def test_a_stop_string_ends_text_chat_and_stream_alike(lm: LM):
+    """Taken out of what is said anyway, where it stands in more than one token."""
+    params = SamplingParams(max_tokens=40, seed=9, top_logprobs=1)
+    [whole] = lm.generate("one plus", params)
+    places = range(8, len(whole.text) - 6)
+    stop = next(text for i in places if (text := whole.text[i : i + 3]).isascii() and whole.text.find(text) == i)
+    [cut] = lm.generate("one plus", replace(params, stop=("never said", stop)))
+    assert cut.text == whole.text.partition(stop)[0] and (cut.finish_reason, cut.stop) == ("stop", stop)
+    assert cut.ids == whole.ids[: len(cut.ids)] and len(cut.ids) < 40  # the ids spell it too
+    assert lm.tokenizer.decode(cut.ids, skip_special=True).count(stop) == 1 and len(cut.top_logprobs) == len(cut.ids)
+
+    prompt = render(QUESTION, lm.tokenizer, add_generation_prompt=True, thinking="off").ids
+    said = lm.chat(QUESTION, params, thinking="off").content
+    stop = next(text for i in range(8, len(said)) if (text := said[i : i + 2]).isascii() and said.find(text) == i)
+    params = replace(params, stop=(stop,))
+    assert lm.chat(QUESTION, params, thinking="off").content == said.partition(stop)[0]
+    text = lm.text(prompt, params)
+    pieces = [text.feed(token) for token in lm.stream(prompt, params)]
+    assert "".join([*pieces, text.end()]) == said.partition(stop)[0] and text.stop == stop
+
+
+def test_thinking_may_spell_a_stop_string(lm: LM):
+    params = SamplingParams(max_tokens=30, seed=4)
+    thought = lm.chat(QUESTION, params, thinking="on").thinking
+    assert thought and lm.chat(QUESTION, replace(params, stop=(thought[2],)), thinking="on").thinking == thought
+
+
+def test_several_continuations_of_each_text(lm: LM):
+    params = SamplingParams(max_tokens=6, seed=2)
+    found = lm.generate(["one", "two"], params, n=3)
+    assert [g.ids for g in found[::3]] == [g.ids for g in lm.generate(["one", "two"], params)]
+    assert len({tuple(g.ids) for g in found}) == 6
+
+
+def test_a_request_that_fails_says_so_and_the_others_are_whole(directory: Path):
+    lm = abyssal.load(directory)
+    good, bad = [Message(role="user", content="red")], [Message(role="user", content="所以")]
+    params = SamplingParams(max_tokens=4, seed=1)
+    want, said = lm.generate(["red", "one"], params), lm.chat(good, params)
+    with torch.no_grad():
+        for token in lm.tokenizer.encode("所以"):
+            lm.model.embed_tokens.weight[token] = float("nan")
+    lm.engine.load_weights(lm.model)
+    first, broken = lm.generate(["red", "所以"], params)
+    assert first == want[0] and broken.finish_reason == "error" and "not finite" in broken.error
+    prompt = render(bad, lm.tokenizer, add_generation_prompt=True).ids
+    for ask in (lambda: lm.chat(bad, params), lambda: list(lm.stream(prompt, params))):
+        with pytest.raises(RequestError, match="tokens ended with an error: the model's logits are not finite"):
+            ask()
+    assert lm.chat(good, params) == said and lm.engine.n_unfinished == 0
+
+
+BLANKS = st.sampled_from(["", " ", "\n", "\t ", "\u3000", "\u00a0", "\u200b", "\ufeff", "\r\n", "a", "<", "｜>"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_text_of_a_user_reaches_the_engine_as_a_control_token(lm: LM, data: st.DataObject):
+    """Every control token spelled out, whole and in halves, with whatever between them, in every role and as a text."""
+    names = lm.tokenizer.control_names
+    spelled = st.sampled_from([*names, *(name[:n] for name in names for n in (1, len(name) // 2, -1))])
+    text = "".join(data.draw(st.lists(spelled | BLANKS | st.text(max_size=3), max_size=12)))
+    control = lm.tokenizer.control_ids
+    assert control.isdisjoint(lm.prompt_ids(text)[lm.tokenizer.adds_bos :]) or not text
+    user, system = Message(role="user", content=text), Message(role="system", content=text)
+    empty = [replace(message, content="a") for message in (system, user)]
+    marks, plain = (
+        [i for i in render(messages, lm.tokenizer, add_generation_prompt=True).ids if i in control]
+        for messages in ([system, user], empty)
+    )
+    assert marks == plain
 
 
 def test_a_prompt_longer_than_the_context_is_one_line(lm: LM):

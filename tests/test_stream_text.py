@@ -73,7 +73,7 @@ def test_a_string_within_a_token_cuts_it_there():
 def test_control_tokens_part_texts_and_thinking_may_spell_a_stop_string():
     known = vocabulary([b"END"])
     assert text_of([THINK, 97, 259, END_THINK, 98, 259, 99], known, stop=("END",)) == "aENDb"
-    assert text_of([97, 259, END_THINK, 98, 259], known, stop=("END",), in_thought=True) == "aENDb"
+    assert text_of([97, 259, END_THINK, 98, 259], known, stop=("END",), prompt_ids=[THINK, 97]) == "aENDb"
     assert text_of([*b"E", CONTROL, *b"ND"], known, stop=("END",)) == "END"
     assert text_of([*"é".encode()[:1], CONTROL, 97], known) == "\ufffda"
 

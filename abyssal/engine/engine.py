@@ -26,7 +26,7 @@ from abyssal.engine.drawing import Drawing, Ending
 from abyssal.engine.grammar import Grammars
 from abyssal.engine.guard import NOT_FINITE, Guard
 from abyssal.engine.isolation import isolate, said
-from abyssal.engine.limits import check_ids, check_sizes, check_step, default_blocks
+from abyssal.engine.limits import check_ids, check_params, check_sizes, check_step, default_blocks
 from abyssal.engine.runner import Computed, Runner
 from abyssal.engine.sampler import derive_seed
 from abyssal.engine.scheduler import Admission, PrefixStats, Scheduler
@@ -214,7 +214,8 @@ class Engine:
                 f"{self.max_length}; shorten it to at most {self.max_length - 1}"
             )
         check_ids(ids, self._runner.config.vocab_size, what="the prompt")
-        self._check_params(params)
+        knows_text, records = self._vocabulary is not None, self._record_sampling
+        check_params(params, vocab_size=self._vocab_size, knows_text=knows_text, records=records)
         limit = min(len(ids) + params.max_tokens, self.max_length)
         need = blocks_for(limit - 1, scheduler.block_size)  # the last token drawn is never computed
         if need > scheduler.pool.n_usable:
@@ -236,22 +237,10 @@ class Engine:
             self._limit_thinking(sequence, thinking)
         request_id, self._next_id = self._next_id, self._next_id + 1
         if params.stop and self._vocabulary is not None:
-            in_thought = phase_behind(ids, self._vocabulary) == "open"
-            sequence.search = StopSearch(params.stop, self._vocabulary, in_thought=in_thought)
+            sequence.search = StopSearch(params.stop, self._vocabulary, prompt_ids=ids)
         self._sequences[request_id] = sequence
         scheduler.add(sequence)
         return request_id
-
-    def _check_params(self, params: SamplingParams) -> None:
-        if params.stop and self._vocabulary is None:
-            raise ValueError("stop strings need an engine that knows text; give it vocabulary=Vocabulary.of(tokenizer)")
-        if params.logit_bias:
-            check_ids(list(params.logit_bias), self._vocab_size, what="logit_bias")
-        if params.reshapes and self._record_sampling:
-            raise ValueError(
-                "an engine with record_sampling=True draws from the model's logits as they are; leave penalties and "
-                "logit_bias out"
-            )
 
     @torch.inference_mode()
     def step(self) -> list[Finished]:

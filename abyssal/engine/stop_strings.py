@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from abyssal.engine.thinking import phase_behind
 from abyssal.engine.vocabulary import Vocabulary
 
 
@@ -63,13 +64,13 @@ class Match(NamedTuple):
 
 
 class StopSearch:
-    """Reads the ids of one answer. In the thinking, which comes before what is asked for, nothing is looked for; nor
-    across a control token, because what stands on its two sides are two texts.
+    """Reads the ids of an answer to `prompt_ids`. In the thinking, which comes before what is asked for, nothing is
+    looked for; nor across a control token, because what stands on its two sides are two texts.
     """
 
-    def __init__(self, strings: Sequence[str], vocabulary: Vocabulary, *, in_thought: bool) -> None:
+    def __init__(self, strings: Sequence[str], vocabulary: Vocabulary, *, prompt_ids: Sequence[int]) -> None:
         self._strings, self._vocabulary = StopStrings(strings), vocabulary
-        self._state, self._in_thought = 0, in_thought
+        self._state, self._in_thought = 0, phase_behind(prompt_ids, vocabulary) == "open"
         self._n_read, self._found = 0, ""
 
     @property

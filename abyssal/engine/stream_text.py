@@ -13,14 +13,14 @@ from abyssal.engine.vocabulary import Vocabulary
 
 
 class StreamText:
-    """Text of one answer, control tokens left out. Give `in_thought` where the prompt ended inside thinking.
+    """Text of an answer to `prompt_ids`, control tokens left out.
 
     `stop` is the stop string that ended it; it and all behind it are in no text.
     """
 
-    def __init__(self, vocabulary: Vocabulary, *, stop: Sequence[str] = (), in_thought: bool = False) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, stop: Sequence[str] = (), prompt_ids: Sequence[int] = ()) -> None:
         self._vocabulary = vocabulary
-        self._search = StopSearch(stop, vocabulary, in_thought=in_thought) if stop else None
+        self._search = StopSearch(stop, vocabulary, prompt_ids=prompt_ids) if stop else None
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = b""
         self.stop: str | None = None
@@ -53,7 +53,9 @@ class StreamText:
         return self._decoder.decode(held, final=True)
 
 
-def text_of(ids: Iterable[int], vocabulary: Vocabulary, *, stop: Sequence[str] = (), in_thought: bool = False) -> str:
+def text_of(
+    ids: Iterable[int], vocabulary: Vocabulary, *, stop: Sequence[str] = (), prompt_ids: Sequence[int] = ()
+) -> str:
     """The text of a whole answer."""
-    stream = StreamText(vocabulary, stop=stop, in_thought=in_thought)
+    stream = StreamText(vocabulary, stop=stop, prompt_ids=prompt_ids)
     return "".join([*map(stream.feed, ids), stream.end()])
