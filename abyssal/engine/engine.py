@@ -375,13 +375,15 @@ class Engine:
     def answer_now(self, request_id: int) -> AnswerNow:
         """Have a request close its thinking: the next ids it draws are its landing and </think>.
 
-        "closing": so it does, or will if it begins to think at all; "answering": its answer has begun; "ended": all of
-        it is there, or it was never asked for.
+        "closing": so it does, or will if it begins to think at all; "answering": its answer has begun, or its control
+        leaves no thinking; "ended": all of it is there, or it was never asked for.
         """
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return "ended"
         if sequence.thinking is None:
+            if sequence.control is not None:
+                return "answering"
             self._limit_thinking(sequence, ThinkingLimits(stop_loops=False))
         self._drawing.catch_up(sequence)
         assert sequence.thinking is not None
@@ -404,12 +406,9 @@ class Engine:
         return ThinkingLimits(stop_loops=False) if thinking is None and is_watched else thinking
 
     def _limit_thinking(self, sequence: Sequence, limits: ThinkingLimits) -> None:
-        """Before its first draw or between two of them."""
+        """Before its first draw; or between two of them, where nothing controls it."""
         vocabulary = needed(self._vocabulary)
-        thinking = ThinkingControl(limits, vocabulary, sequence.prompt_ids)
-        for token in self._rows.drawn(sequence)[: sequence.n_told].tolist():
-            thinking.drawn(token)
-        sequence.thinking = thinking
+        sequence.thinking = thinking = ThinkingControl(limits, vocabulary, sequence.prompt_ids)
         answer = sequence.control
         sequence.control = thinking if answer is None else Controls(thinking, answer, end_ids=vocabulary.end_ids)
         if sequence.row is not None:
