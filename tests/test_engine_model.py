@@ -1,9 +1,10 @@
 """The engine against a model of itself: random lives of many requests, each as if it had been alone.
 
 A case is an engine and a list of things that happen to it: requests arrive (with shared beginnings, siblings,
-namespaces, priorities, ways to draw), steps pass or are cut short, requests are aborted, weights change. After each the
-engine's books must balance; each step must bring somebody on and keep to its tokens; and in the end every answer is
-what one plain sequence gives: no cache, everything computed anew, drawn by the textbook in double precision.
+namespaces, priorities, ways to draw, controls that fail), steps pass or are cut short, requests are aborted, weights
+change. After each the engine's books must balance; each step must bring somebody on and keep to its tokens; and in the
+end every answer is what one plain sequence gives: no cache, everything computed anew, drawn by the textbook in double
+precision.
 Letters: T tokens, V vocabulary.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +36,8 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "mla_moe": {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4,
-                "n_routed_experts": 4, "moe_intermediate_size": 8, "first_k_dense_replace": 0},
+                "n_routed_experts": 4, "moe_intermediate_size": 8, "first_k_dense_replace": 0,
+                "num_nextn_predict_layers": 1},
     "gqa_dense": {"num_key_value_heads": 1},
 }  # fmt: skip
 BASE = [3, 11, 7, 7, 19, 2, 14, 9, 1, 20, 16, 4]
@@ -44,7 +47,42 @@ WAYS = [
     SamplingParams(),
     SamplingParams(temperature=0.7, top_p=0.8),
     SamplingParams(temperature=1.4, top_k=4, min_p=0.02),
+    SamplingParams(repetition_penalty=1.4, presence_penalty=0.5, logit_bias={EOS: -2.0, 7: 1.5}),
+    SamplingParams(temperature=0.0, frequency_penalty=0.9),
 ]
+FIRST, FORBIDDEN, N_HEALTHY = 6, 3, 2
+MOST = 6  # tokens of an answer
+
+
+class Steered:
+    """Says the id FIRST first, and at each later place leaves one id in three out. A sick one raises when it is told of
+    its third."""
+
+    def __init__(self, *, is_sick: bool) -> None:
+        self.n_drawn, self.is_sick = 0, is_sick
+
+    def forced(self) -> list[int]:
+        return [FIRST] if not self.n_drawn else []
+
+    def mask(self, allowed_V: np.ndarray) -> bool:
+        allowed_V[:] = allowed(self.n_drawn)
+        return True
+
+    def drawn(self, token: int) -> None:
+        self.n_drawn += 1
+        if self.is_sick and self.n_drawn > N_HEALTHY:
+            raise RuntimeError("a sick control")
+
+    def rewind(self, n: int) -> None:
+        self.n_drawn -= n
+
+
+def control_of(steer: str) -> Steered | None:
+    return None if steer == "free" else Steered(is_sick=steer == "sick")
+
+
+def allowed(n_drawn: int) -> np.ndarray:
+    return np.arange(N_VOCAB) % FORBIDDEN != n_drawn % FORBIDDEN
 ROUNDING = 2e-5  # of a probability: FP32 sums in another order differ by a tenth of it
 
 
@@ -73,31 +111,63 @@ def plain_logits(kind: str, version: int, ids: tuple[int, ...]) -> np.ndarray:
 
 
 @cache
-def plain_choice(kind: str, version: int, ids: tuple[int, ...], way: SamplingParams) -> Choice:
-    """`way.max_tokens` plays no part: it is the same for all."""
-    return choice(plain_logits(kind, version, ids), way, position=len(ids))
+def plain_experts(kind: str, version: int, ids: tuple[int, ...]) -> torch.Tensor:
+    """(T, 1, K), in the order of ids."""
+    routings: list[Any] = []
+    model = weights(kind, version)
+    with torch.no_grad():
+        model.hidden(torch.tensor([ids]), routings=routings)
+    return torch.stack([routing.experts_NK for routing in routings], dim=1).sort(-1).values
 
 
-def choice(logits_V: np.ndarray, way: SamplingParams, *, position: int) -> Choice:
-    logps_V = logits_V - np.logaddexp.reduce(logits_V)
+def plain_choice(kind: str, version: int, ids: list[int], asked: Asked) -> Choice:
+    """What comes after these ids of a request."""
+    logits_V = plain_logits(kind, version, tuple(ids))
+    n_drawn = len(ids) - len(asked.prompt)
+    reshaped_V = reshaped(logits_V, asked.way, ids, n_drawn=n_drawn)
+    if asked.steer != "free":
+        if not n_drawn:
+            return Choice(FIRST, frozenset([FIRST]), log_softmax(logits_V))
+        reshaped_V[~allowed(n_drawn)] = -np.inf
+    exact, near = choice(reshaped_V, asked.way, position=len(ids))
+    return Choice(exact, near, log_softmax(logits_V))
+
+
+def log_softmax(logits_V: np.ndarray) -> np.ndarray:
+    return logits_V - np.logaddexp.reduce(logits_V)
+
+
+def reshaped(logits_V: np.ndarray, way: SamplingParams, ids: list[int], *, n_drawn: int) -> np.ndarray:
+    """Penalties id by id, as they are defined; then the bias."""
+    logits_V = logits_V.copy()
+    for token in set(ids):
+        better = logits_V[token] > 0
+        logits_V[token] *= 1 / way.repetition_penalty if better else way.repetition_penalty
+    for token, count in Counter(ids[len(ids) - n_drawn :]).items():
+        logits_V[token] -= way.presence_penalty + way.frequency_penalty * count
+    for token, bias in way.logit_bias.items():
+        logits_V[token] += bias
+    return logits_V
+
+
+def choice(logits_V: np.ndarray, way: SamplingParams, *, position: int) -> tuple[int, frozenset[int]]:
+    """The id drawn, and those that might be."""
     if way.temperature == 0:
-        close = logits_V >= logits_V.max() - ROUNDING
-        return Choice(int(logits_V.argmax()), frozenset(close.nonzero()[0].tolist()), logps_V)
+        return int(logits_V.argmax()), frozenset((logits_V >= logits_V.max() - ROUNDING).nonzero()[0].tolist())
     heat = max(way.temperature, COLDEST)
     probs_V = np.exp((logits_V - logits_V.max()) / heat)
     probs_V /= probs_V.sum()
     number = uniform_ref(way.seed, position)
-    exact, allowed = -1, set()
+    exact, near = -1, set()
     for slack in (0.0, ROUNDING, -ROUNDING):
         kept_V = np.where(probs_V >= threshold(probs_V, way) * (1 + slack), probs_V, 0.0)
         ends_V = kept_V.cumsum()
-        target = number * ends_V[-1]
-        starts_V = ends_V - kept_V
+        target, starts_V = number * ends_V[-1], ends_V - kept_V
         if not slack:
             exact = int((ends_V <= target).sum())
         near_V = (kept_V > 0) & (starts_V <= target + ROUNDING) & (target <= ends_V + ROUNDING)
-        allowed |= set(near_V.nonzero()[0].tolist())
-    return Choice(exact, frozenset(allowed), logps_V)
+        near |= set(near_V.nonzero()[0].tolist())
+    return exact, frozenset(near)
 
 
 def threshold(probs_V: np.ndarray, way: SamplingParams) -> float:
@@ -110,16 +180,61 @@ def threshold(probs_V: np.ndarray, way: SamplingParams) -> float:
     return max(floor, way.min_p * falling_V[0])
 
 
+@cache
+def alone(kind: str, version: int, prompt: tuple[int, ...], way: SamplingParams, steer: str) -> Completion:
+    """The same request in an engine of its own."""
+    engine = Engine(weights(kind, version), eos_ids=[EOS], max_batch=1)
+    engine.add(prompt, way, control=control_of(steer))
+    while not (finished := engine.step()):
+        pass
+    return finished[0].completion
+
+
 # ---- one case ----
+
+
+class Shelf:
+    """A tier in memory: the blocks' real entries, by weights and key. Each eighth record proves bad when it is read."""
+
+    most_blocks = 3
+
+    def __init__(self, world: World) -> None:
+        self.world, self.records = world, {}
+
+    def _slots(self, block: int) -> slice:
+        size = self.world.how.block_size
+        return slice(block * size, (block + 1) * size)
+
+    def find(self, keys: list[bytes]) -> int:
+        return next((n for n, key in enumerate(keys) if (self.world.version, key) not in self.records), len(keys))
+
+    def bring(self, keys: list[bytes], blocks: np.ndarray) -> int:
+        stores = self.world.stores()
+        for n, (key, block) in enumerate(zip(keys, blocks.tolist(), strict=True)):
+            record = self.records[self.world.version, key]
+            if key[0] % 8 == 0:
+                del self.records[self.world.version, key]
+                return n
+            for store, entries in zip(stores, record, strict=True):
+                store[self._slots(block)] = entries
+        return len(keys)
+
+    def offer(self, keys: list[bytes], blocks: np.ndarray) -> None:
+        stores = self.world.stores()
+        for key, block in zip(keys, blocks.tolist(), strict=True):
+            self.records[self.world.version, key] = [store[self._slots(block)].clone() for store in stores]
 
 
 @dataclass(frozen=True)
 class Setting:
     kind: str
+    native: bool | None
+    speculate: Any
     n_blocks: int
     block_size: int
     max_batch: int
     prefix_cache: bool
+    tier: bool
     prefill_chunk: int | None
     spare_tokens: int | None  # of a step, beyond one for each row
     prefill_tokens: int
@@ -134,6 +249,7 @@ class Asked:
     prompt: list[int]
     way: SamplingParams
     namespace: str
+    steer: str
     versions: list[int] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
 
@@ -154,8 +270,11 @@ class World:
             step_tokens=None if how.spare_tokens is None else how.max_batch + how.spare_tokens,
             prefill_tokens=how.prefill_tokens,
             max_waiting=how.max_waiting,
+            native=how.native,
+            speculate=how.speculate,
         )
         self.engine._scheduler.waiting.ageing_steps = how.ageing_steps
+        self.engine._scheduler.tier = Shelf(self) if how.tier else None
         self.asked: dict[int, Asked] = {}
         self.done: dict[int, Completion] = {}
         self.rounded = Counter()
@@ -165,43 +284,61 @@ class World:
 
     def _watch(self) -> None:
         """Count what is computed, look where it is written, and cut steps short when told to."""
-        runner, pool = self.engine._runner, self.engine._scheduler.pool
-        prefill, decode, hidden = runner.prefill, runner.decode, runner._hidden
-        sharers = [99]  # siblings share their prompt's blocks while it is computed, and nothing that is drawn
+        runner, pool, size = self.engine._runner, self.engine._scheduler.pool, self.how.block_size
+        prefill, decode = runner.prefill, runner.decode
 
-        def counted_prefill(chunks: Any) -> Any:
+        def check_written(blocks: np.ndarray, positions: np.ndarray, *, n_owners: int) -> None:
+            for block in set(blocks[positions // size].tolist()):
+                assert 0 < pool._owners[block] <= n_owners and block not in pool._key_of
+
+        def watched_prefill(chunks: list[Any]) -> Any:
             self.n_prefilled += sum(len(chunk.ids) for chunk in chunks)
-            return prefill(chunks)
+            for chunk in chunks:  # siblings share their prompt's blocks while it is computed, and nothing that is drawn
+                check_written(chunk.blocks, chunk.start + np.arange(len(chunk.ids)), n_owners=99)
+            return self._cut(prefill(chunks))
 
-        def counted_decode(ids: np.ndarray, *rest: Any, **named: Any) -> Any:
-            self.n_decoded += ids.size
-            sharers.append(1)
-            try:
-                return decode(ids, *rest, **named)
-            finally:
-                sharers.pop()
+        def watched_decode(
+            ids_BT: np.ndarray, positions_BT: np.ndarray, blocks_BN: np.ndarray, counts_B: np.ndarray | None = None
+        ) -> Any:
+            counts = np.full(len(ids_BT), ids_BT.shape[1]) if counts_B is None else counts_B
+            self.n_decoded += int(counts.sum())
+            for blocks, positions, n in zip(blocks_BN, positions_BT, counts, strict=True):
+                check_written(blocks, positions[:n], n_owners=1)
+            return self._cut(decode(ids_BT, positions_BT, blocks_BN, counts_B))
 
-        def watched_hidden(batch: Any, *rest: Any, **named: Any) -> Any:
-            written = np.unique(batch.slots_BT // runner.block_size)
-            for block in written[written > 0].tolist():
-                assert 0 < pool._owners[block] <= sharers[-1] and block not in pool._key_of
-            found = hidden(batch, *rest, **named)
-            if self._cut_in is not None:
-                self._cut_in -= 1
-                if self._cut_in < 0:
-                    self._cut_in = None
-                    raise KeyboardInterrupt
-            return found
+        runner.prefill, runner.decode = watched_prefill, watched_decode
 
-        runner.prefill, runner.decode, runner._hidden = counted_prefill, counted_decode, watched_hidden
+    def _cut(self, found: Any) -> Any:
+        if self._cut_in is not None:
+            self._cut_in -= 1
+            if self._cut_in < 0:
+                self._cut_in = None
+                raise KeyboardInterrupt
+        return found
+
+    def stores(self) -> list[torch.Tensor]:
+        runner = self.engine._runner
+        return [*runner._cache, *([] if runner._experts is None else [runner._experts])]
 
     # -- what happens --
 
-    def add(self, prompt: int, way: int, seed: int, max_tokens: int, namespace: str, priority: int) -> None:
-        asked = Asked(PROMPTS[prompt], replace(WAYS[way], seed=seed, max_tokens=max_tokens), namespace)
+    def add(
+        self,
+        *,
+        prompt: list[int],
+        way: SamplingParams,
+        seed: int,
+        max_tokens: int,
+        namespace: str,
+        priority: int,
+        steer: str,
+    ) -> None:
+        asked = Asked(prompt, replace(way, seed=seed, max_tokens=max_tokens), namespace, steer)
         n_waiting = len(self.engine._scheduler.waiting)
         try:
-            request = self.engine.add(asked.prompt, asked.way, namespace=namespace, priority=priority)
+            request = self.engine.add(
+                asked.prompt, asked.way, control=control_of(steer), namespace=namespace, priority=priority
+            )
         except QueueFull:
             assert self.how.max_waiting is not None and n_waiting >= self.how.max_waiting
         except ValueError as error:
@@ -209,6 +346,15 @@ class World:
             assert -(-(len(asked.prompt) + max_tokens - 1) // self.how.block_size) > self.how.n_blocks - 1
         else:
             self.asked[request] = asked
+
+    def reply(self, n: int) -> None:
+        """Somebody goes on where an answer ended, as in a conversation."""
+        answered = [self.asked[request] for request in sorted(self.done) if len(self.asked[request].seen) > 1]
+        if answered:
+            earlier = answered[n % len(answered)]
+            prompt = [*earlier.prompt, *earlier.seen, n][: CONTEXT - 4]
+            self.add(prompt=prompt, way=WAYS[n % 2], seed=n, max_tokens=2, namespace=earlier.namespace, priority=0,
+                     steer="free")  # fmt: skip
 
     def abort(self, n: int) -> None:
         """Any request that was ever asked, ended ones too. (Its blocks must be free at once: see `check_books`.)"""
@@ -239,13 +385,14 @@ class World:
     def step(self) -> None:
         n_unfinished, how = self.engine.n_unfinished, self.how
         self.n_prefilled = self.n_decoded = 0
-        n_before = self._n_seen()
+        n_before, n_brought = self._n_seen(), self.engine.prefix_stats.n_found_on_disk
         self._see(self.engine.step())
         assert self.n_prefilled <= (how.prefill_chunk or CONTEXT * 99)
         if how.spare_tokens is not None:
             assert self.n_prefilled + self.n_decoded <= how.max_batch + how.spare_tokens
         # no starvation: whoever weighs most never gives way, so a step draws an id, or nobody runs and a prompt grows
-        assert not n_unfinished or self._n_seen() > n_before or self.n_prefilled
+        n_grown = self.n_prefilled + self.engine.prefix_stats.n_found_on_disk - n_brought
+        assert not n_unfinished or self._n_seen() > n_before or n_grown
 
     def _unclaimed(self) -> dict[int, Completion]:
         """Ended in a step that was cut short: the next one tells."""
@@ -277,24 +424,34 @@ class World:
 
     def check_answer(self, asked: Asked, completion: Completion) -> None:
         assert completion.prompt_ids == asked.prompt and len(completion.ids) == len(completion.logps)
-        way = replace(asked.way, max_tokens=1)
         ids = list(asked.prompt)
         for token, logp, version in zip(completion.ids, completion.logps, asked.versions, strict=True):
-            want = plain_choice(self.how.kind, version, tuple(ids), way)
+            want = plain_choice(self.how.kind, version, ids, asked)
             assert token in want.allowed, f"{token} where a plain sequence draws {want.token} after {ids}"
             self.rounded[token != want.token] += 1
             assert abs(logp - want.logps_V[token]) < 1e-4
             ids.append(token)
+        if self.engine._runner._native is not None and len({*asked.versions}) == 1:  # always the same bits
+            way = replace(asked.way, max_tokens=MOST)
+            same = alone(self.how.kind, asked.versions[0], tuple(asked.prompt), way, asked.steer)
+            n = len(completion.ids)
+            assert (completion.ids, completion.logps) == (same.ids[:n], same.logps[:n])
         ended = bool(completion.ids) and completion.ids[-1] == EOS
         assert EOS not in completion.ids[:-1]
         if completion.finish_reason == "stop":
             assert ended
+        elif completion.finish_reason == "error":
+            assert asked.steer == "sick" and completion.error == "RuntimeError: a sick control"
+            assert len(completion.ids) == N_HEALTHY + 1
         elif completion.finish_reason == "length":
             assert len(completion.ids) == min(asked.way.max_tokens, CONTEXT - len(asked.prompt)) and not ended
         else:
             assert completion.finish_reason == "aborted" and not ended
+        assert asked.steer != "sick" or len(completion.ids) <= N_HEALTHY or completion.finish_reason == "error"
         if self.how.kind == "mla_moe" and completion.finish_reason != "aborted":
-            assert completion.experts is not None and len(completion.experts) == len(ids) - 1
+            assert completion.experts is not None  # whatever weights drew them, the last ones computed them all
+            want_TMK = plain_experts(self.how.kind, asked.versions[-1], tuple(ids[:-1]))
+            assert torch.equal(completion.experts.long().sort(-1).values, want_TMK)
 
     def check_books(self) -> None:
         """Every block has exactly the owners that hold it, and what can be found is what its key says."""
@@ -353,56 +510,56 @@ class World:
         assert not scheduler._prefixes and not scheduler._holding and not len(scheduler.waiting)
 
 
+def some(make: Any, **choices: list[Any]) -> st.SearchStrategy[Any]:
+    """One of all ways to fill these fields, as a single draw: hypothesis takes its time over each."""
+    return st.sampled_from([make(**dict(zip(choices, values, strict=True))) for values in product(*choices.values())])
+
+
 SETTINGS = st.builds(
-    Setting,
-    kind=st.sampled_from(sorted(KINDS)),
-    n_blocks=st.integers(6, 16),
-    block_size=st.sampled_from([2, 4, 8]),
-    max_batch=st.integers(1, 4),
-    prefix_cache=st.booleans(),
-    prefill_chunk=st.sampled_from([None, 1, 3, 6]),
-    spare_tokens=st.sampled_from([None, 1, 2, 5]),
-    prefill_tokens=st.sampled_from([8, 20, 1000]),
-    max_waiting=st.sampled_from([None, None, None, 2]),
-    ageing_steps=st.sampled_from([1, 3, 512]),
-)
+    lambda cache, work: Setting(**cache, **work),
+    some(dict, kind=sorted(KINDS), native=[False, None], speculate=["off", "off", 1, 3],
+         n_blocks=[6, 7, 8, 9, 11, 13, 16], block_size=[2, 4, 8], prefix_cache=[False, True], tier=[False, True]),
+    some(dict, max_batch=[1, 2, 3, 4], prefill_chunk=[None, 1, 3, 6], spare_tokens=[None, 1, 2, 5],
+         prefill_tokens=[8, 20, 1000], max_waiting=[None, None, None, 2], ageing_steps=[1, 3, 512]),
+)  # fmt: skip
+REQUESTS = st.builds(
+    lambda what, who: {"what": "add", **what, **who},
+    some(dict, prompt=PROMPTS, way=WAYS, seed=[0, 1, 2], max_tokens=list(range(1, MOST + 1))),
+    some(dict, namespace=["", "", "b"], priority=[0, 0, 0, 1, -1], steer=["free"] * 6 + ["steered", "sick"],
+         n=[1, 1, 1, 1, 3]),
+)  # fmt: skip
 HAPPENINGS = st.lists(
     st.one_of(
-        st.tuples(
-            st.just("add"),
-            st.integers(0, len(PROMPTS) - 1),
-            st.integers(0, len(WAYS) - 1),
-            st.integers(0, 2),
-            st.integers(1, 6),
-            st.sampled_from(["", "", "b"]),
-            st.sampled_from([0, 0, 0, 1, -1]),
-            st.sampled_from([1, 1, 1, 1, 3]),
-        ),
-        st.tuples(st.just("step"), st.integers(1, 3)),
-        st.tuples(st.sampled_from(["abort", "abort", "load", "cut"]), st.integers(0, 9)),
+        REQUESTS,
+        REQUESTS,
+        some(dict, what=["step"], n=[1, 2, 3]),
+        some(dict, what=["abort", "reply", "reply", "load", "cut"], n=list(range(10))),
     ),
     min_size=4,
     max_size=12,
 )
 
 
-def live(how: Setting, happenings: list[tuple[Any, ...]]) -> World:
+def live(how: Setting, happenings: list[dict[str, Any]]) -> World:
     world = World(how)
-    for what, *details in happenings:
+    for happening in happenings:
+        details = happening.copy()
+        what, n = details.pop("what"), details.pop("n")
         if what == "add":
-            prompt, way, seed, max_tokens, namespace, priority, n = details
             for sibling in range(n):
-                world.add(prompt, way, seed + sibling, max_tokens, namespace, priority)
+                world.add(**details | {"seed": details["seed"] + sibling})
         elif what == "step":
-            for _ in range(details[0]):
+            for _ in range(n):
                 world.step()
                 world.check_books()
+        elif what == "reply":
+            world.reply(n)
         elif what == "abort":
-            world.abort(details[0])
+            world.abort(n)
         elif what == "load":
-            world.load(details[0] % 2)
+            world.load(n % 2)
         else:
-            world.cut(details[0] % 3)
+            world.cut(n % 3)
         world.check_books()
     while world.engine.n_unfinished:
         world.step()

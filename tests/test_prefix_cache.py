@@ -247,6 +247,30 @@ def test_new_weights_find_nothing_of_the_old(dtype: torch.dtype):
     assert got[0].logps == Engine(new, eos_ids=[], block_size=4).generate([prompt], GREEDY)[0].logps
 
 
+def test_a_change_of_weights_that_is_cut_short_leaves_nothing_of_the_old_ones(monkeypatch: pytest.MonkeyPatch):
+    old, new = small_model(), small_model(seed=1)
+    engine = Engine(old, eos_ids=[], block_size=4, prefix_cache=True)
+    prompt, other = random_prompts([20, 9])
+    engine.generate([prompt], GREEDY)
+    running = engine.add(other, SamplingParams(max_tokens=8, seed=1))
+    engine.step()
+    load_weights = engine._runner.load_weights
+
+    def interrupted(model: torch.nn.Module) -> None:
+        load_weights(model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._runner, "load_weights", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.load_weights(new)
+    engine.add(prompt, GREEDY)
+    finished: dict = {}
+    while engine.n_unfinished:
+        finished |= dict(engine.step())
+    same([finished[running + 1]], [plain(new, prompt, GREEDY)])
+    assert engine.prefix_stats.n_found == 0 and len(finished[running].ids) == 8
+
+
 def test_a_step_cut_short_loses_no_answer_and_leaves_nothing_to_find():
     """Ctrl-C in the midst of a prefill, with one answer running and one to come."""
     model = small_model()

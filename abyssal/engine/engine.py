@@ -469,12 +469,14 @@ class Engine:
 
     def load_weights(self, model: Transformer) -> None:
         """Go on with new weights: running requests keep what they have drawn and are recomputed."""
-        self._runner.load_weights(model)
-        if self._tier is not None:
-            self._tier.reopen()
-        if self._speculation is not None:
-            self._speculation.tuner.reset()
-        self._scheduler.preempt_all()
+        self._scheduler.preempt_all()  # first: whatever happens from here on, nothing of the old weights is used again
+        try:
+            self._runner.load_weights(model)
+        finally:
+            if self._tier is not None:
+                self._tier.reopen()
+            if self._speculation is not None:
+                self._speculation.tuner.reset()
 
     def close(self) -> None:
         """Write what is still to be written to the disk cache and let go of its folder. Happens at exit anyway."""
