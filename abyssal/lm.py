@@ -87,8 +87,8 @@ class LM:
             prefill_chunk=PREFILL_CHUNK,
             step_tokens=max_batch + PREFILL_CHUNK,
             invariant=invariant,
-            # else a question asked twice could get two answers, a rounding apart; who wants a disk cache accepts that
-            prefix_cache=invariant or disk_cache is not None,
+            # a question asked twice gets one answer, not two a rounding apart; who wants a disk cache accepts that
+            prefix_cache=True if disk_cache is not None else None,
             disk_cache=disk_cache and replace(disk_cache, tokenizer=tokenizer.fingerprint),
             vocabulary=self._vocabulary,
             grammars=self.grammars,

@@ -247,6 +247,14 @@ def test_new_weights_find_nothing_of_the_old(dtype: torch.dtype):
     assert got[0].logps == Engine(new, eos_ids=[], block_size=4).generate([prompt], GREEDY)[0].logps
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+def test_where_it_is_left_open_the_cache_is_used_if_that_changes_no_bit(invariant: bool):
+    engine = Engine(small_model(), eos_ids=[], block_size=4, native=False, invariant=invariant, prefix_cache=None)
+    [prompt] = random_prompts([20])
+    assert engine.generate([prompt], GREEDY) and engine.generate([prompt], GREEDY)
+    assert engine.prefix_stats.n_found == (16 if invariant else 0)
+
+
 def test_a_change_of_weights_that_is_cut_short_leaves_nothing_of_the_old_ones(monkeypatch: pytest.MonkeyPatch):
     old, new = small_model(), small_model(seed=1)
     engine = Engine(old, eos_ids=[], block_size=4, prefix_cache=True)

@@ -62,7 +62,7 @@ class Engine:
     `step_tokens`: at most so many tokens a step computes in all: of answers, prompts and drafts.
     `max_waiting`: so many requests may wait for their turn; `add` refuses more with `QueueFull`.
     `prefix_cache`: what earlier requests of a namespace left in the cache is used again where prompts begin alike
-    (`prefix_stats`). With a `disk_cache` it survives the engine (`disk_stats`).
+    (`prefix_stats`); None: where that changes no bit. With a `disk_cache` it survives the engine (`disk_stats`).
     `invariant`: a request's tokens and log-probs are the same bits alone or among others, with the cache cold or warm,
     in chunks or whole, preempted or not. So it always is on the native path; elsewhere it is slower (`runner.py`).
     `native`: compute in own C++ where it can be: on a CPU with a compiler, weights not in few bits (`native.py`). False
@@ -88,7 +88,7 @@ class Engine:
         prefill_chunk: int | None = None,
         step_tokens: int | None = None,
         max_waiting: int | None = None,
-        prefix_cache: bool = False,
+        prefix_cache: bool | None = False,
         disk_cache: DiskCache | None = None,
         invariant: bool = False,
         native: bool | None = None,
@@ -141,7 +141,7 @@ class Engine:
             prefill_tokens=prefill_tokens,
             prefill_chunk=prefill_chunk,
             step_tokens=step_tokens,
-            prefix_cache=prefix_cache,
+            prefix_cache=self._runner.is_exact if prefix_cache is None else prefix_cache,
             tier=self._tier,
         )
         self._speculation: Speculation | None = None

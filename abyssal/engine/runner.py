@@ -131,6 +131,11 @@ class Runner:
         way = "invariant" if self.invariant else "plain"
         return f"{way if self._native is None else self._native.numerics}, {self._n_ahead} ahead"
 
+    @property
+    def is_exact(self) -> bool:
+        """Does a token have the same bits whatever else is computed with it, or was before?"""
+        return self._native is not None or self.invariant
+
     def load_weights(self, model: Transformer) -> None:
         """Compute with these weights from now on: copied into place if they need a cast, else shared."""
         if model.config != self.config or model.dtype != self.model.dtype:
