@@ -1,10 +1,10 @@
 """What weights in few bits cost and save: python bench/quantize.py DIR [--windows 16] [--threads 1]
 
-For DIR, a Hugging Face directory or a GGUF file: perplexity on Python's language reference, bytes of weights in memory
-and tokens a second of generation at batch 1, in FP32, BF16, FP8, int8, int4 and int4 scaled by activations. Few bits
-are computed with as `abyssal chat --weights` does. Speed is taken of the arms in turn, several rounds, the median of
-each; seconds are the process's own, so that a busy machine takes nothing from them but caches. One line an arm is
-appended to bench/results/quantize.jsonl; the table is printed.
+For DIR, a Hugging Face directory, a GGUF file or out/<run>/<checkpoint>: perplexity on Python's language reference, bytes
+of weights in memory and tokens a second of generation at batch 1, in FP32, BF16, FP8, int8, int4 and int4 scaled by
+activations. Few bits are computed with as `abyssal chat --weights` does. Speed is taken of the arms in turn, several
+rounds, the median of each; seconds are the process's own, so that a busy machine takes nothing from them but caches.
+One line an arm is appended to bench/results/quantize.jsonl; the table is printed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from abyssal.checkpoint.activation_aware import ScaledSource, find_scales
 from abyssal.checkpoint.export_hf import export_hf
 from abyssal.checkpoint.load import Weights, load_checkpoint
 from abyssal.checkpoint.source import open_checkpoint
+from abyssal.commands.checkpoint_path import resolve_checkpoint
 from abyssal.engine.engine import Engine
 from abyssal.evals.perplexity import calibration_text, cut_windows, held_out_text, perplexity
 from abyssal.machine import keep_freed_memory
@@ -89,14 +90,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    source = open_checkpoint(options.checkpoint)
+    base = resolve_checkpoint(options.checkpoint)
+    source = open_checkpoint(base)
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise ValueError(f"{options.checkpoint} has no tokenizer.json: copy the model's tokenizer files into it")
     length = min(options.window, source.config.max_position_embeddings)
     windows_WT = cut_windows(held_out_text(), tokenizer, length=length, most=options.windows)
     with tempfile.TemporaryDirectory() as work:
-        base, scaled = options.checkpoint, scaled_int4(options.checkpoint, Path(work) / "int4")
+        scaled = scaled_int4(base, Path(work) / "int4")
         arms = [
             Arm("FP32", base, "compute", "float32"),
             Arm("BF16", base, "compute", "bfloat16"),
