@@ -198,7 +198,10 @@ def quantize_table() -> list[str]:
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     last = {(row["checkpoint"], row["arm"]): row for row in rows}
-    for (checkpoint, arm), row in last.items():
+    arms = ("FP32", "BF16", "FP8", "int8", "int4", "int4, scaled")
+    checkpoints = dict.fromkeys(row["checkpoint"] for row in rows)
+    for checkpoint, arm in ((c, a) for c in checkpoints for a in arms if (c, a) in last):
+        row = last[checkpoint, arm]
         change = 100 * (row["perplexity"] / last[checkpoint, "BF16"]["perplexity"] - 1)
         lines.append(
             f"| `{checkpoint}` | {arm} | {row['computes_in']} | {row['perplexity']:.2f} "
