@@ -128,7 +128,7 @@ def test_what_is_streamed_is_the_whole_also_where_thinking_was_cut():
     engine = engine_of(model_of(KINDS[0]))
     for one in asks()[2:6]:
         request, seen = engine.add(one.prompt, one.params, thinking=one.limits), 0
-        stream = StreamText(WORDS, in_thought=one.prompt[-1] == TOKENIZER.think_id)
+        stream = StreamText(WORDS, prompt_ids=one.prompt)
         text, done = "", {}
         while request not in done:
             done |= dict(engine.step())
