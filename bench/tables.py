@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ablation_table import ablation_lines
 
@@ -138,18 +140,45 @@ def bench_table() -> list[str]:
         "range of pairs",
     )
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for name, what in (("train_step", "training step, 16 x 256"), ("generate", "generation, batch")):
-        path = RESULTS / f"{name}.jsonl"
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-        latest = {(row["dtype"], row["size"], row.get("batch")): row for row in rows}
-        for row in latest.values():
-            label = what if name == "train_step" else f"{what} {row['batch']}"
-            lines.append(
-                f"| {label} | {row['size']} | {row['dtype']} | {row['threads']} | {max(row['ours_tokens_per_s']):,.0f} "
-                f"| {max(row['theirs_tokens_per_s']):,.0f} | **{row['ratio']:.2f}** "
-                f"| {row['ratio_min']:.2f} to {row['ratio_max']:.2f} |"
-            )
+    for row in _latest("train_step", "dtype", "size"):
+        lines.append(_speeds("training step, 16 x 256", row))
     return lines
+
+
+def engine_table() -> list[str]:
+    """The last line of each measurement of the engine."""
+    rows = _latest("engine", "dtype", "size", "what", "ours", "batch")
+    if not rows:
+        return ["Not measured yet."]
+    titles = ("what", "size", "precision", "threads", "Abyssal", "transformers", "ratio", "range of pairs")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in rows:
+        if row["what"] == "tokens":
+            how = "" if row["ours"] == "plain" else f", {row['ours']}"
+            lines.append(_speeds(f"{row['batch']} request{'s' * (row['batch'] > 1)}{how}, tokens/s", row))
+            continue
+        ours, theirs = (statistics.median(row[f"{who}_ms"]) for who in ("ours", "theirs"))
+        lines.append(
+            f"| first token of {row['prompt_len']}, {row['ours']}, ms | {row['size']} | {row['dtype']} "
+            f"| {row['threads']} | {ours:,.1f} | {theirs:,.1f} | **{row['ratio']:.2f}** "
+            f"| {row['ratio_min']:.2f} to {row['ratio_max']:.2f} |"
+        )
+    return lines
+
+
+def _latest(name: str, *keys: str) -> list[dict[str, Any]]:
+    """Of lines that agree in these, the last."""
+    path = RESULTS / f"{name}.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return list({tuple(row[key] for key in keys): row for row in rows}.values())
+
+
+def _speeds(what: str, row: dict[str, Any]) -> str:
+    return (
+        f"| {what} | {row['size']} | {row['dtype']} | {row['threads']} | {max(row['ours_tokens_per_s']):,.0f} "
+        f"| {max(row['theirs_tokens_per_s']):,.0f} | **{row['ratio']:.2f}** "
+        f"| {row['ratio_min']:.2f} to {row['ratio_max']:.2f} |"
+    )
 
 
 def grpo_table() -> list[str]:
@@ -229,6 +258,7 @@ TABLES = {
     "arms": arms_table,
     "budget": budget_table,
     "bench": bench_table,
+    "engine": engine_table,
     "grpo": grpo_table,
     "load": load_table,
     "quantize": quantize_table,
