@@ -36,23 +36,28 @@ inline int64_t padded(int64_t n) {
     return (n + L - 1) / L * L;
 }
 
-// scores_HS[h][s] = q_h . k_s. Queries are padded with zeros to whole vectors.
+constexpr int MOST_HEADS = 4;  // at a time: as many as the registers hold beside several keys
+
+// Scores stand key after key, those of the heads side by side, in whole vectors.
+template <class C>
+constexpr int side_by_side() { return std::max<int>(MOST_HEADS, Lanes<typename VectorOf<C>::type>::n); }
+
+// scores_SH[s][h] = q_h . k_s. Queries are padded with zeros to whole vectors.
 template <class C, class T, int H>
-inline void score(const C* q_HW, int64_t width, const Entries<T>& entries, int64_t offset, int64_t n_keys, C* scores_HS,
-                  int64_t stride) {
+inline void score(const C* q_HW, int64_t width, const Entries<T>& entries, int64_t offset, int64_t n_keys, C* scores_SH) {
     typedef typename VectorOf<C>::type V;
-    constexpr int L = Lanes<V>::n, KEYS = H >= 5 ? 1 : H >= 3 ? 2 : 4;
+    constexpr int L = Lanes<V>::n, KEYS = H >= 3 ? 3 : 4, ROOM = side_by_side<C>();
     const int64_t padded_width = padded<C>(width), whole = width / L * L;
     const int rest = int(width - whole);
     auto some = [&]<int N>(int64_t s) {
         const T* key[N];
         for (int i = 0; i < N; i++) key[i] = entries.at(s + i) + offset;
-        V sum[H][N] = {};
+        V sum[4][N] = {};  // of heads that are not there it stays zero
         for (int64_t w = 0; w < whole; w += L) {
             V k[N];
 #pragma GCC unroll 4
             for (int i = 0; i < N; i++) k[i] = load<V>(key[i] + w);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
             for (int h = 0; h < H; h++) {
                 const V q = load<V>(q_HW + h * padded_width + w);
 #pragma GCC unroll 4
@@ -64,53 +69,48 @@ inline void score(const C* q_HW, int64_t width, const Entries<T>& entries, int64
                 const V k = load_some<V>(key[i] + whole, rest);
                 for (int h = 0; h < H; h++) sum[h][i] = fma(load<V>(q_HW + h * padded_width + whole), k, sum[h][i]);
             }
-        for (int h = 0; h < H; h++)
-            for (int i = 0; i < N; i++) scores_HS[h * stride + s + i] = sum_lanes(sum[h][i]);
+        for (int i = 0; i < N; i++) sum_lanes_of_four(sum[0][i], sum[1][i], sum[2][i], sum[3][i], scores_SH + (s + i) * ROOM);
     };
     int64_t s = 0;
     for (; s + KEYS <= n_keys; s += KEYS) some.template operator()<KEYS>(s);
     for (; s < n_keys; s++) some.template operator()<1>(s);
 }
 
-// Scores become weights exp(score - largest); returns their sum. The row is padded with -inf to whole vectors.
+// Scores become weights exp(score - largest of the head); sums_H are their sums.
 template <class C>
-inline C soften(C* scores_S, int64_t n_keys) {
+inline void soften(C* scores_SH, int64_t n_keys, C* sums_H) {
     typedef typename VectorOf<C>::type V;
-    constexpr int L = Lanes<V>::n;
-    const int64_t padded_keys = padded<C>(n_keys);
-    for (int64_t s = n_keys; s < padded_keys; s++) scores_S[s] = -std::numeric_limits<C>::infinity();
-    V largest = load<V>(scores_S);
-    for (int64_t s = L; s < padded_keys; s += L) {
-        const V x = load<V>(scores_S + s);
-        largest = (x > largest) ? x : largest;
+    constexpr int L = Lanes<V>::n, ROOM = side_by_side<C>();
+    for (int at = 0; at < ROOM; at += L) {
+        V largest = load<V>(scores_SH + at), sum = {};
+        for (int64_t s = 1; s < n_keys; s++) {
+            const V x = load<V>(scores_SH + s * ROOM + at);
+            largest = (x > largest) ? x : largest;
+        }
+        for (int64_t s = 0; s < n_keys; s++) {
+            const V weight = exp(load<V>(scores_SH + s * ROOM + at) - largest);
+            store(scores_SH + s * ROOM + at, weight);
+            sum += weight;
+        }
+        store(sums_H + at, sum);
     }
-    C top = largest[0];
-    for (int i = 1; i < L; i++) top = largest[i] > top ? largest[i] : top;
-    V sum = {};
-    for (int64_t s = 0; s < padded_keys; s += L) {
-        const V weight = exp(load<V>(scores_S + s) - top);
-        store(scores_S + s, weight);
-        sum += weight;
-    }
-    return sum_lanes(sum);
 }
 
-// out_HV[h] = sum over s of weights[h][s] x value_s; out is padded to whole vectors.
+// out_HV[h] = sum over s of weights[s][h] x value_s; out is padded to whole vectors.
 template <class C, class T, int H>
-inline void mix(const C* weights_HS, int64_t stride, int64_t width, const Entries<T>& entries, int64_t offset,
-                int64_t n_keys, C* out_HV) {
+inline void mix(const C* weights_SH, int64_t width, const Entries<T>& entries, int64_t offset, int64_t n_keys, C* out_HV) {
     typedef typename VectorOf<C>::type V;
     constexpr int L = Lanes<V>::n, KEYS = 32;  // as many as stay in the nearest cache while all columns pass over them
-    constexpr int SIDE = H >= 5 ? 1 : H >= 3 ? 2 : 4;
+    constexpr int SIDE = H >= 3 ? 3 : 4, ROOM = side_by_side<C>();
     const int64_t padded_width = padded<C>(width);
     for (int64_t i = 0; i < H * padded_width; i++) out_HV[i] = 0;
     const T* value[KEYS];
     for (int64_t s = 0; s < n_keys; s += KEYS) {
         const int n = int(std::min<int64_t>(KEYS, n_keys - s));
         for (int i = 0; i < n; i++) value[i] = entries.at(s + i) + offset;
-        auto columns = [&]<int N>(int64_t c, int some) {
+        auto columns = [&]<int N, bool WHOLE>(int64_t c) {
             V sum[H][N];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
             for (int h = 0; h < H; h++)
 #pragma GCC unroll 4
                 for (int j = 0; j < N; j++) sum[h][j] = load<V>(out_HV + h * padded_width + c + j * L);
@@ -118,56 +118,44 @@ inline void mix(const C* weights_HS, int64_t stride, int64_t width, const Entrie
                 V x[N];
 #pragma GCC unroll 4
                 for (int j = 0; j < N; j++)
-                    x[j] = some ? load_some<V>(value[i] + c, some) : load<V>(value[i] + c + j * L);
-#pragma GCC unroll 8
+                    x[j] = WHOLE ? load<V>(value[i] + c + j * L) : load_some<V>(value[i] + c, int(width - c));
+#pragma GCC unroll 4
                 for (int h = 0; h < H; h++) {
-                    const V weight = all<V>(weights_HS[h * stride + s + i]);
+                    const V weight = all<V>(weights_SH[(s + i) * ROOM + h]);
 #pragma GCC unroll 4
                     for (int j = 0; j < N; j++) sum[h][j] = fma(weight, x[j], sum[h][j]);
                 }
             }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
             for (int h = 0; h < H; h++)
 #pragma GCC unroll 4
                 for (int j = 0; j < N; j++) store(out_HV + h * padded_width + c + j * L, sum[h][j]);
         };
         int64_t c = 0;
-        for (; c + SIDE * L <= width; c += SIDE * L) columns.template operator()<SIDE>(c, 0);
-        for (; c + L <= width; c += L) columns.template operator()<1>(c, 0);
-        if (c < width) columns.template operator()<1>(c, int(width - c));
+        for (; c + SIDE * L <= width; c += SIDE * L) columns.template operator()<SIDE, true>(c);
+        for (; c + L <= width; c += L) columns.template operator()<1, true>(c);
+        if (c < width) columns.template operator()<1, false>(c);
     }
 }
 
-constexpr int MOST_HEADS = 8;  // at a time
-
-// Softmax attention of H heads over n_keys entries: queries carry the scale. `scores` has room for MOST_HEADS x stride.
-template <class C, class T, int H>
-inline void attend_heads(const C* q_HW, int64_t width, const Entries<T>& entries, int64_t key_offset,
-                         int64_t value_offset, int64_t value_width, int64_t n_keys, C* scores_HS, int64_t stride,
-                         C* out_HV) {
-    score<C, T, H>(q_HW, width, entries, key_offset, n_keys, scores_HS, stride);
-    C sum[H];
-    for (int h = 0; h < H; h++) sum[h] = soften(scores_HS + h * stride, n_keys);
-    mix<C, T, H>(scores_HS, stride, value_width, entries, value_offset, n_keys, out_HV);
-    const int64_t padded_width = padded<C>(value_width);
-    for (int h = 0; h < H; h++)
-        for (int64_t c = 0; c < value_width; c++) out_HV[h * padded_width + c] /= sum[h];
-}
-
-// The same for any number of heads, as many at a time as the registers hold.
+// Softmax attention of some heads over n_keys entries: queries carry the scale. `scores` has room for a vector a key.
 template <class C, class T>
 inline void attend(int n_heads, const C* q_HW, int64_t width, const Entries<T>& entries, int64_t key_offset,
-                   int64_t value_offset, int64_t value_width, int64_t n_keys, C* scores_HS, int64_t stride, C* out_HV) {
+                   int64_t value_offset, int64_t value_width, int64_t n_keys, C* scores_SH, C* out_HV) {
     const int64_t room = padded<C>(width), room_out = padded<C>(value_width);
-    for (int h = 0; h < n_heads;) {
+    for (int first = 0; first < n_heads;) {
         auto with = [&]<int H>() {
-            attend_heads<C, T, H>(q_HW + h * room, width, entries, key_offset, value_offset, value_width, n_keys,
-                                  scores_HS, stride, out_HV + h * room_out);
-            h += H;
+            C sums_H[side_by_side<C>()];
+            C* out = out_HV + first * room_out;
+            score<C, T, H>(q_HW + first * room, width, entries, key_offset, n_keys, scores_SH);
+            soften(scores_SH, n_keys, sums_H);
+            mix<C, T, H>(scores_SH, value_width, entries, value_offset, n_keys, out);
+            for (int h = 0; h < H; h++)
+                for (int64_t c = 0; c < value_width; c++) out[h * room_out + c] /= sums_H[h];
+            first += H;
         };
-        const int left = n_heads - h;
-        if (left >= 8) with.template operator()<8>();
-        else if (left >= 4) with.template operator()<4>();
+        const int left = n_heads - first;
+        if (left >= 4) with.template operator()<4>();
         else if (left == 3) with.template operator()<3>();
         else if (left == 2) with.template operator()<2>();
         else with.template operator()<1>();
@@ -185,6 +173,7 @@ inline void small_product(const C* const* x, const float* w_IO, int64_t n_in, in
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
             for (int j = 0; j < N; j++) sum[r][j] = V{};
+#pragma GCC unroll 2
         for (int64_t i = 0; i < n_in; i++) {
             const float* row = w_IO + i * n_out + c;
 #pragma GCC unroll 8

@@ -27,6 +27,7 @@ template <>
 struct CoreOf<float> { typedef double type; };
 
 constexpr int64_t PASS_TOKENS = 256;   // activations of a pass stay in the caches; a longer prompt takes several
+constexpr int PIECE_HEADS = 8;         // that one thread takes at a time
 constexpr int TOGETHER = 4;            // tokens that share what is absorbed
 
 template <class T>
@@ -306,7 +307,7 @@ class Forward {
         const int64_t together = s.is_mla && n >= TOGETHER * team.size() ? TOGETHER : 1;
         const int64_t n_groups = s.is_mla ? 1 : s.n_kv_heads, n_blocks = (n + together - 1) / together;
         const int64_t cuts = n_blocks * n_groups < team.size() ? team.size() : 1;
-        const int64_t heads = std::min<int64_t>((sharing + cuts - 1) / cuts, MOST_HEADS), parts = (sharing + heads - 1) / heads;
+        const int64_t heads = std::min<int64_t>((sharing + cuts - 1) / cuts, PIECE_HEADS), parts = (sharing + heads - 1) / heads;
         team.each(thread, n_blocks * n_groups * parts, [&](int64_t piece) {
             const int64_t part = piece % parts, group = piece / parts % n_groups, first = piece / parts / n_groups * together;
             const int64_t start = part * heads, count = std::min(heads, sharing - start);
@@ -322,9 +323,9 @@ class Forward {
 
     void group_piece(const Pass& pass, T* cache, int64_t token, int64_t group, int64_t head, int count, Own& own) {
         const AbyssalShape& s = shape();
-        const int64_t width = s.head_dim, room = padded<C>(width), stride = padded<C>(pass.longest);
+        const int64_t width = s.head_dim, room = padded<C>(width);
         C* q = own.queries.sized(count * room);
-        C* scores = own.scores.sized(MOST_HEADS * stride);
+        C* scores = own.scores.sized(side_by_side<C>() * pass.longest);
         C* mixed = own.mixed.sized(count * room);
         for (int h = 0; h < count; h++) {
             const float* from = z_.get() + token * z_width() + (head + h) * width;
@@ -332,7 +333,7 @@ class Forward {
             for (int64_t i = width; i < room; i++) q[h * room + i] = 0;
         }
         attend<C, T>(count, q, width, entries(pass, cache, token), group * width, (s.n_kv_heads + group) * width, width,
-                     pass.step.positions_N[token] + 1, scores, stride, mixed);
+                     pass.step.positions_N[token] + 1, scores, mixed);
         for (int h = 0; h < count; h++) {
             float* to = attended_.get() + token * whole(w.values_width()) + (head + h) * width;
             for (int64_t i = 0; i < width; i++) to[i] = rounded<T>(float(mixed[h * room + i]));
@@ -343,10 +344,10 @@ class Forward {
     void latent_piece(const Pass& pass, const Layer<T>& l, T* cache, int64_t first, int n_tokens, int64_t head, int count, Own& own) {
         const AbyssalShape& s = shape();
         const int64_t nope = s.qk_nope_head_dim, rope = s.qk_rope_head_dim, latent = s.kv_lora_rank, V = s.v_head_dim;
-        const int64_t width = latent + rope, room = padded<C>(width), room_out = padded<C>(latent), stride = padded<C>(pass.longest);
-        C* q = own.queries.sized(TOGETHER * MOST_HEADS * room);
-        C* scores = own.scores.sized(MOST_HEADS * stride);
-        C* mixed = own.mixed.sized(TOGETHER * MOST_HEADS * room_out);
+        const int64_t width = latent + rope, room = padded<C>(width), room_out = padded<C>(latent);
+        C* q = own.queries.sized(TOGETHER * PIECE_HEADS * room);
+        C* scores = own.scores.sized(side_by_side<C>() * pass.longest);
+        C* mixed = own.mixed.sized(TOGETHER * PIECE_HEADS * room_out);
         C* from = own.nope.sized(TOGETHER * std::max<int64_t>(nope, 1));
         C* values = own.values.sized(TOGETHER * V);
         const C* in[TOGETHER];
@@ -357,7 +358,7 @@ class Forward {
                 const float* own_q = s.q_lora_rank ? q_.get() + (first + t) * whole(w.query_width()) : z_.get() + (first + t) * z_width();
                 own_q += (head + h) * (nope + rope);
                 for (int64_t i = 0; i < nope; i++) from[t * nope + i] = own_q[i];
-                in[t] = from + t * nope, out[t] = q + (t * MOST_HEADS + h) * room;
+                in[t] = from + t * nope, out[t] = q + (t * PIECE_HEADS + h) * room;
                 rotate(own_q + nope, rope, pass.step.positions_N[first + t], s.rope_interleave, turned);
                 for (int64_t i = 0; i < rope; i++) out[t][latent + i] = turned[i];
                 for (int64_t i = width; i < room; i++) out[t][i] = 0;
@@ -367,10 +368,10 @@ class Forward {
                 for (int64_t i = 0; i < width; i++) out[t][i] *= C(s.softmax_scale);
         }
         for (int t = 0; t < n_tokens; t++)
-            attend<C, T>(count, q + t * MOST_HEADS * room, width, entries(pass, cache, first + t), 0, 0, latent,
-                         pass.step.positions_N[first + t] + 1, scores, stride, mixed + t * MOST_HEADS * room_out);
+            attend<C, T>(count, q + t * PIECE_HEADS * room, width, entries(pass, cache, first + t), 0, 0, latent,
+                         pass.step.positions_N[first + t] + 1, scores, mixed + t * PIECE_HEADS * room_out);
         for (int h = 0; h < count; h++) {
-            for (int t = 0; t < n_tokens; t++) in[t] = mixed + (t * MOST_HEADS + h) * room_out, out[t] = values + t * V;
+            for (int t = 0; t < n_tokens; t++) in[t] = mixed + (t * PIECE_HEADS + h) * room_out, out[t] = values + t * V;
             small_products<C>(in, n_tokens, l.w_uv_HCV.get() + (head + h) * latent * V, latent, V, out);
             for (int t = 0; t < n_tokens; t++) {
                 float* to = attended_.get() + (first + t) * whole(w.values_width()) + (head + h) * V;

@@ -100,6 +100,7 @@ inline void tile(const float* const* rows, const Matrix<T>& w, int64_t first, fl
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++) sum[r][v] = Floats{};
+#pragma GCC unroll 2
         for (int64_t i = start; i < end; i++) {
             Floats y[V];
 #pragma GCC unroll 8

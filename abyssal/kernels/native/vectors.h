@@ -145,11 +145,33 @@ inline V load_some(const S* at, int n) {
 template <class V>
 inline void store(typename Lanes<V>::scalar* at, V x) { std::memcpy(at, &x, sizeof(V)); }
 
+// Neighbours first, then pairs of neighbours, and so on.
 template <class V>
 inline typename Lanes<V>::scalar sum_lanes(V x) {
-    typename Lanes<V>::scalar sum = x[0];
-    for (int i = 1; i < Lanes<V>::n; i++) sum += x[i];
-    return sum;
+    constexpr int n = Lanes<V>::n;
+    typename Lanes<V>::scalar sums[n];
+    store(sums, x);
+    for (int width = 1; width < n; width *= 2)
+        for (int i = 0; i < n; i += 2 * width) sums[i] += sums[i + width];
+    return sums[0];
+}
+
+// The same of four vectors at once, into out[0..3].
+template <class V>
+inline void sum_lanes_of_four(V a, V b, V c, V d, typename Lanes<V>::scalar* out) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+    if constexpr (sizeof(typename Lanes<V>::scalar) == 8) {
+        const __m256d ab = _mm256_hadd_pd((__m256d)a, (__m256d)b), cd = _mm256_hadd_pd((__m256d)c, (__m256d)d);
+        _mm256_storeu_pd((double*)out, _mm256_add_pd(_mm256_permute2f128_pd(ab, cd, 0x20), _mm256_permute2f128_pd(ab, cd, 0x31)));
+        return;
+    } else {
+        const __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
+        const __m256 halves = _mm256_hadd_ps(ab, cd);
+        _mm_storeu_ps((float*)out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+        return;
+    }
+#endif
+    out[0] = sum_lanes(a), out[1] = sum_lanes(b), out[2] = sum_lanes(c), out[3] = sum_lanes(d);
 }
 
 inline Floats exp(Floats d) {
