@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from deepseek_files import v4_directory
 from hostile_structures import STRUCTURES
+from test_any_tokenizer import llama2, unigram
+from test_dialects import speaking
 
 from abyssal.engine.grammar import GrammarControl, Grammars
 from abyssal.engine.schema_check import MAX_WORK, checked_schema
@@ -309,14 +311,15 @@ def test_what_makes_no_sense_is_one_line(structure: tuple[Any, ...], message: st
 @pytest.mark.parametrize("name", ["small", pytest.param("deepseek", marks=pytest.mark.slow)])
 def test_hostile_structures_cost_little_and_say_why(name: str):
     """Counted in units of work, since a busy machine knows no milliseconds; those that it took are printed."""
-    grammars = GRAMMARS if name == "small" else Grammars(Tokenizer.load(v4_directory()))
+    tokenizer = TOKENIZER if name == "small" else Tokenizer.load(v4_directory())
+    grammars = Grammars(tokenizer)
     grammars.control(Structure("json"))  # the vocabulary is read once
     took, n_refused = {}, 0
     for name, structure in STRUCTURES.items():
         start = time.process_time()
         try:
             control = grammars.control(structure)
-            step(control)
+            step(control, tokenizer.vocab_size)
         except ValueError as error:
             n_refused += 1
             assert "\n" not in str(error) and len(str(error)) < 400
@@ -326,8 +329,8 @@ def test_hostile_structures_cost_little_and_say_why(name: str):
     assert n_refused > 35 and took[slowest] < 1.0
 
 
-def step(control: GrammarControl) -> None:
-    allowed_V = np.ones(N_VOCAB, dtype=bool)
+def step(control: GrammarControl, n_vocab: int = N_VOCAB) -> None:
+    allowed_V = np.ones(n_vocab, dtype=bool)
     token = ids[0] if (ids := control.forced()) else (control.mask(allowed_V), int(allowed_V.argmax()))[1]
     control.drawn(token)
 
@@ -403,3 +406,41 @@ def test_equal_structures_are_one_and_stop_strings_would_cut_them():
     assert Structure("schema", {"type": "null"}) == Structure("schema", '{"type": "null"}')
     with pytest.raises(ValueError, match="would cut an answer that has a structure"):
         SamplingParams(structure=Structure("json"), stop=("}",))
+
+
+@pytest.mark.parametrize("kind", ["prepended", "metaspace", "unigram"])
+def test_vocabularies_of_other_kinds(kind: str):
+    """Sentencepiece's: a word has its blank in front, and bytes where the vocabulary lacks the letter."""
+    backend = unigram(byte_fallback=True) if kind == "unigram" else llama2(kind)
+    tokenizer = Tokenizer(backend, config={"eos_token": "</s>"})
+    written, n_vocab = Vocabulary.of(tokenizer).bytes_of, tokenizer.vocab_size
+    control_of, schema = Grammars(tokenizer), closed(a={"enum": ["to the sea", "所"]}, b=INTEGER)
+    said = []
+    for seed in range(30):
+        control, rng, ids = control_of.control(Structure("schema", schema)), np.random.default_rng(seed), list[int]()
+        while len(ids) < 90 and tokenizer.end_ids.isdisjoint(ids):
+            allowed_V = np.ones(n_vocab, dtype=bool)
+            forced = control.forced()
+            assert forced or control.mask(allowed_V)
+            ids.append(forced[0] if forced else int(np.where(allowed_V, rng.gumbel(size=n_vocab), -np.inf).argmax()))
+            control.drawn(ids[-1])
+        if not tokenizer.end_ids.isdisjoint(ids):
+            said.append(b"".join(written[i] for i in ids[:-1]).decode())
+            assert json.loads(tokenizer.decode(ids[:-1])) == json.loads(said[-1])
+    assert len(said) > 10
+    for one in said:
+        jsonschema.validate(json.loads(one), schema)
+
+
+def test_an_answer_may_end_with_any_of_the_ends():
+    """ChatML's turn ends with its own mark, a document with another."""
+    tokenizer = speaking(None, "<|im_start|>", "<|im_end|>", without=("<｜User｜>", "<｜Assistant｜>"))
+    assert len(tokenizer.end_ids) == 2
+    control = Grammars(tokenizer).control(Structure("choice", ["ab", "a"]))
+    for token, ends in ((None, False), (tokenizer.encode("a")[0], True), (tokenizer.encode("b")[0], True)):
+        if token is not None:
+            control.drawn(token)
+        allowed_V = np.ones(tokenizer.vocab_size, dtype=bool)
+        assert control.mask(allowed_V)
+        assert {i for i in tokenizer.control_ids if allowed_V[i]} == (tokenizer.end_ids if ends else set())
+    assert {*allowed_V.nonzero()[0].tolist()} == tokenizer.end_ids

@@ -15,6 +15,7 @@ from abyssal import LM, Message, SamplingParams, Structure
 from abyssal.engine.engine import Engine
 from abyssal.engine.grammar import Grammars
 from abyssal.engine.vocabulary import Vocabulary
+from abyssal.model.transformer import Transformer
 from abyssal.tokens.bpe import train_bpe
 from abyssal.tokens.chat import render
 from abyssal.tokens.tokenizer import Tokenizer
@@ -35,9 +36,9 @@ QUESTION = [Message(role="user", content="Who?")]
 FIGHTS = {i: 8.0 for i in TOKENIZER.control_ids} | {TOKENIZER.encode('"')[0]: 4.0}
 
 
-def engine(**options: Any) -> Engine:
+def engine(model: Transformer = MODEL, **options: Any) -> Engine:
     return Engine(
-        MODEL,
+        model,
         eos_ids=TOKENIZER.end_ids,
         vocabulary=Vocabulary.of(TOKENIZER),
         grammars=Grammars(TOKENIZER),
@@ -112,6 +113,24 @@ def test_an_answer_is_the_same_alone_among_others_and_after_preemption():
         assert a.ids == b.ids == c.ids and a.logps == b.logps == c.logps
     for c in together[1::2]:
         validate(json.loads(content(c)), SCHEMA)
+
+
+@pytest.mark.parametrize("kind", ["mla_moe_query_latent", "gqa_dense"])
+def test_drafts_change_nothing_and_forced_ids_are_among_them(kind: str):
+    """By MTP and by prompt look-up; half of the requests think first."""
+    model = small_model(kind, vocab_size=TOKENIZER.vocab_size, max_position_embeddings=256)
+    forced = Structure("schema", SCHEMA | {"properties": {"name": {"const": "Ann, the first"}, "age": {"const": 31}}})
+    params = [drawing(seed, structure=forced if seed % 2 else PERSON, temperature=0.7) for seed in range(6)]
+    prompts = [prompt(thinking="on" if seed > 2 else "off") for seed in range(6)]
+    plain = engine(model, invariant=True).generate(prompts, params)
+    speculating = engine(model, invariant=True, speculate=1)
+    assert [(c.ids, c.logps) for c in speculating.generate(prompts, params)] == [(c.ids, c.logps) for c in plain]
+    for c, own in zip(plain, params, strict=True):
+        if c.finish_reason == "stop" and own.structure is not None:
+            validate(json.loads(content(c)), json.loads(own.structure.value))
+    assert [c.finish_reason for c in plain].count("stop") >= 4
+    stats = speculating.draft_stats
+    assert stats is not None and stats.tokens_per_step > 1.05  # a random model guesses nothing right by itself
 
 
 def test_log_probs_are_the_models_own():

@@ -99,12 +99,11 @@ class Words(NamedTuple):
 def words_of(tokenizer: Tokenizer) -> Words:
     """Half a second for 129,000 words."""
     vocabulary = Vocabulary.of(tokenizer)
-    spelled = tokenizer.encode_after(SPELLED)
     spelling = Spelling(vocabulary, tokenizer)
     return Words(
         LLTokenizer(TokenizerWrapper(spelling), n_vocab=len(spelling.tokens), eos_token=sorted(vocabulary.end_ids)),
         vocabulary.end_ids,
-        can_force=vocabulary.bytes_from(spelled) == SPELLED.encode(),
+        can_force=vocabulary.bytes_from(tokenizer.encode_after(SPELLED)) == SPELLED.encode(),
     )
 
 
@@ -117,10 +116,26 @@ class Spelling:
         self.eos_token_id = min(vocabulary.end_ids)
         self.special_token_ids = [i for i, written in enumerate(vocabulary.bytes_of) if not written]
         self.tokens = [written or f"<|{i}|>".encode() for i, written in enumerate(vocabulary.bytes_of)]
-        self._tokenizer = tokenizer
+        self._vocabulary, self._tokenizer = vocabulary, tokenizer
+        self._id_of = {written: i for i, written in reversed([*enumerate(vocabulary.bytes_of)]) if written}
+        self._longest = max(map(len, self._id_of), default=0)
 
     def __call__(self, text: bytes) -> list[int]:
-        return self._tokenizer.encode_after(text.decode())
+        """As the tokenizer spells it; where that writes a blank in front of its own, by the longest words there are."""
+        ids = self._tokenizer.encode_after(text.decode())
+        return ids if self._vocabulary.bytes_from(ids) == text else self._greedy(text)
+
+    def _greedy(self, text: bytes) -> list[int]:
+        ids: list[int] = []
+        start = 0
+        while start < len(text):
+            ends = range(min(start + self._longest, len(text)), start, -1)
+            end = next((end for end in ends if text[start:end] in self._id_of), None)
+            if end is None:
+                break  # the vocabulary cannot spell it
+            ids.append(self._id_of[text[start:end]])
+            start = end
+        return ids
 
 
 class GrammarControl:
