@@ -1,8 +1,8 @@
 """What weights in few bits cost and save: python bench/quantize.py DIR [--windows 16] [--threads 1]
 
-For DIR, a Hugging Face directory, a GGUF file or out/<run>/<checkpoint>: perplexity on Python's language reference, bytes
-of weights in memory and tokens a second of generation at batch 1, in FP32, BF16, FP8, int8, int4 and int4 scaled by
-activations. Few bits are computed with as `abyssal chat --weights` does. Speed is taken of the arms in turn, several
+For DIR, a Hugging Face directory, a GGUF file or out/<run>/<checkpoint>: perplexity on Python's language reference,
+bytes of weights in memory and tokens a second of generation at batch 1, in FP32, BF16, FP8, int8, int4 and int4 scaled
+by activations. Few bits are computed with as `abyssal chat --weights` does. Speed is taken of the arms in turn, several
 rounds, the median of each; seconds are the process's own, so that a busy machine takes nothing from them but caches.
 One line an arm is appended to bench/results/quantize.jsonl; the table is printed.
 """
