@@ -12,6 +12,7 @@ from test_engine import same
 
 import abyssal.engine.drawing
 from abyssal.engine import Engine
+from abyssal.engine.draft import Drafts
 from abyssal.engine.isolation import isolate
 from abyssal.types import RequestError, SamplingParams
 
@@ -43,7 +44,8 @@ def run(engine: Engine, prompts, each):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("settings", [{}, {"prefix_cache": True, "prefill_chunk": 6}, {"max_batch": 3}])
+@pytest.mark.parametrize("settings", [{"native": False}, {"prefix_cache": True, "prefill_chunk": 6}, {"max_batch": 3},
+                                      {"native": False, "prefix_cache": True}])
 def test_a_prompt_that_gives_no_numbers_ends_alone(kind: str, settings: dict):
     """At its beginning, in its middle and twice; its neighbours are prefilled beside it, in the same steps."""
     model = poisoned(kind)
@@ -70,26 +72,42 @@ def test_a_prompt_that_gives_no_numbers_ends_alone(kind: str, settings: dict):
     assert all(store.isfinite().all() for store in engine._runner._cache)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_id_that_gives_no_numbers_ends_the_answer_that_drew_it(kind: str):
+@pytest.mark.parametrize("kind, speculate", [("mla_moe", "off"), ("gqa_dense", 3), ("mla_moe_query_latent", 2)])
+@pytest.mark.parametrize("native", [None, False])
+def test_an_id_that_gives_no_numbers_ends_the_answer_that_drew_it(kind: str, speculate, native: bool | None):
     model = poisoned(kind)
     prompts = prompts_of([5, 9, 14, 9])
     never, always = {POISON: -100.0}, {POISON: 100.0}
     each = [SamplingParams(max_tokens=12, seed=i, logit_bias=never) for i in range(4)]
     want = Engine(model, eos_ids=[]).generate(prompts, each)
     each[1] = replace(each[1], logit_bias=always)
-    engine = Engine(model, eos_ids=[], block_size=8, n_blocks=20)
+    engine = Engine(model, eos_ids=[], block_size=8, n_blocks=20, speculate=speculate, native=native)
     completions = run(engine, prompts, each)
     assert completions[1].ids == [POISON] and completions[1].finish_reason == "error"
     for place in (0, 2, 3):
         same(completions[place : place + 1], [(want[place].ids, want[place].logps)])
-    # the same blocks again, without another look at anybody
+    # the same blocks again, without another look at anybody; a draft may have left something behind
     alone = engine._guard.alone
-    engine._guard.alone = None
+    engine._guard.alone = None if speculate == "off" else alone
     each[1] = replace(each[1], logit_bias=never)
     same(run(engine, prompts, each), [(c.ids, c.logps) for c in want])
     engine._guard.alone = alone
     assert all_free(engine)
+
+
+@pytest.mark.parametrize("way", [{}, {"repetition_penalty": 1.2}])
+def test_a_draft_that_gives_no_numbers_is_nobodys_end(way: dict):
+    """It is computed, and what it leaves in the cache stands where nobody is yet."""
+    model = poisoned("gqa_dense")
+    prompts = prompts_of([8, 3])
+    each = [SamplingParams(max_tokens=10, seed=i, **way) for i in range(2)]
+    want = Engine(model, eos_ids=[], vocab_size=POISON).generate(prompts, each)
+    engine = Engine(model, eos_ids=[], vocab_size=POISON, block_size=8, speculate=3)
+    engine._speculation.drafter.draft = lambda rows_B, room_B: Drafts(
+        np.full((len(rows_B), 3), POISON), np.minimum(room_B, 3)
+    )
+    same(engine.generate(prompts, each), [(c.ids, c.logps) for c in want])
+    assert engine.draft_stats.n_drafted > 10 and all_free(engine)
 
 
 def test_siblings_of_a_broken_prompt_end_with_it_and_others_wait_no_longer():
