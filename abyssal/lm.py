@@ -22,6 +22,7 @@ from abyssal.checkpoint.packaged import packaged_checkpoint
 from abyssal.engine.disk_cache import DiskCache
 from abyssal.engine.engine import Engine
 from abyssal.engine.grammar import Grammars
+from abyssal.engine.speculation import Speculate
 from abyssal.engine.stream_text import StreamText, text_of
 from abyssal.engine.vocabulary import Vocabulary
 from abyssal.model.transformer import Transformer
@@ -72,6 +73,7 @@ class LM:
         max_batch: int = 64,
         invariant: bool = False,
         disk_cache: DiskCache | None = None,
+        speculate: Speculate = "auto",
     ) -> None:
         """`sampling` is what `chat` draws with unless it is told otherwise, `thinking_lengths` what effort goes by."""
         self.model, self.tokenizer, self.sampling = model.eval(), tokenizer, sampling
@@ -92,6 +94,7 @@ class LM:
             disk_cache=disk_cache and replace(disk_cache, tokenizer=tokenizer.fingerprint),
             vocabulary=self._vocabulary,
             grammars=self.grammars,
+            speculate=speculate,
         )
         self._ended: dict[int, Completion] = {}  # answers that ended, until their stream has handed them out
 

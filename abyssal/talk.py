@@ -53,11 +53,12 @@ def talk(
     budget: int | None = None,
     min_thinking: int = 0,
     best_of: int = 1,
+    stats: bool = False,
 ) -> None:
     """Answer `prompt` and return, or read questions until an empty line or the end of input. /new starts over.
 
     With `raw`, `prompt` is continued as it stands, and control tokens that it spells are control tokens.
-    `max_tokens` None: ROOM, and what the thinking may take.
+    `max_tokens` None: ROOM, and what the thinking may take. `stats`: in the end, what drafts did.
     """
     if raw and prompt is None:
         raise ValueError("--raw continues a text, not a conversation; give the text with --prompt")
@@ -76,6 +77,28 @@ def talk(
         known = lm.effort(effort)
         console.print(f"[dim]effort {effort}: {known.budget:,} tokens of thinking; {known.why}[/dim]", highlight=False)
     manner = Manner(params=params, thinking=thinking, limits=limits, best_of=best_of)
+    try:
+        converse(lm, manner, directory=directory, prompt=prompt, raw=raw, console=console)
+    finally:
+        if stats:
+            console.print(f"[dim]{escape(drafting(lm))}[/dim]", highlight=False)
+
+
+def drafting(lm: LM) -> str:
+    """One line about what drafts brought so far."""
+    stats = lm.engine.draft_stats
+    if stats is None or not stats.n_drafted:
+        return "no drafts were made"
+    right = ", ".join(f"{share:.0%}" for share in stats.acceptance)
+    gain = "not measured yet" if stats.speed_up is None else f"{stats.speed_up:.2f} times the speed without"
+    return (
+        f"drafts by {stats.drafter}: {stats.n_accepted} of {stats.n_drafted} were right (by place: {right}); "
+        f"{stats.tokens_per_step:.2f} tokens a step, {gain}; now {stats.k} a step"
+    )
+
+
+def converse(lm: LM, manner: Manner, *, directory: Path, prompt: str | None, raw: bool, console: Console) -> None:
+    """Answer the prompt, or whatever is asked."""
     if raw and prompt is not None:
         spoken(lm, lm.prompt_ids(prompt, raw=True), manner, in_thought=False, console=console)
         return
@@ -97,7 +120,7 @@ def talk(
             continue
         asked = [*conversation, Message(role="user", content=text)]
         turn += 1
-        own = replace(manner, params=replace(params, seed=params.seed + turn))
+        own = replace(manner, params=replace(manner.params, seed=manner.params.seed + turn))
         try:  # a question too long for the context ends this turn, not the conversation
             said = answer(lm, asked, own, console=console)
         except (ValueError, RequestError) as error:

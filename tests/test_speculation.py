@@ -115,6 +115,31 @@ def test_the_bits_are_the_same_in_invariant_mode():
     assert all(torch.equal(a.experts, b.experts) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["mla_moe_query_latent", "gqa_dense"])
+def test_the_bits_are_the_same_on_the_native_path(kind):
+    model = small_model(kind)
+    prompts = random_prompts([5, 9, 2])
+    each = [SamplingParams(max_tokens=15, seed=i) for i in range(3)]
+    off, own = (Engine(model, eos_ids=[], speculate=speculate) for speculate in ("off", 3))
+    if own._runner._native is None:
+        pytest.skip("no native path here")
+    want = off.generate(prompts, each)
+    same_completions(own.generate(prompts, each), want, tolerance=0.0)
+    engine = scripted(Engine(model, eos_ids=[], speculate=3), want, 0.6)
+    same_completions(engine.generate(prompts, each), want, tolerance=0.0)
+    assert engine.draft_stats.n_accepted > 5
+
+
+def test_a_drafter_that_raises_is_asked_no_more_and_costs_nobody_an_answer():
+    model = small_model("gqa_dense")
+    prompts = random_prompts([5, 9])
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+    engine = Engine(model, eos_ids=[], speculate=2)
+    engine._speculation.drafter.draft = lambda rows_B, most_B: 1 // 0
+    same(engine.generate(prompts, params), [plain(model, p, params) for p in prompts])
+    assert "ZeroDivisionError" in engine.draft_stats.error and engine.draft_stats.k == 0
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.data())
 def test_ends_of_every_kind_cut_an_accepted_run_where_they_stand(data):

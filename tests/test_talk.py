@@ -14,7 +14,8 @@ import abyssal
 from abyssal import LM, Message, SamplingParams
 from abyssal.checkpoint.own_thinking import ThinkingLengths, write_lengths
 from abyssal.checkpoint.save import save_checkpoint
-from abyssal.talk import Manner, answer, answer_room, talk
+from abyssal.engine.draft_tuner import DraftStats
+from abyssal.talk import Manner, answer, answer_room, drafting, talk
 from abyssal.tokens.bpe import train_bpe
 from abyssal.tokens.chat import LANDING, landing_ids
 from abyssal.tokens.tokenizer import Tokenizer
@@ -148,3 +149,18 @@ def test_what_the_command_line_asks_reaches_the_answer(lm: LM, monkeypatch: pyte
     for options, message in [({"raw": True, "best_of": 2}, "--best-of 2 chooses"), ({"best_of": 0}, "--best-of 0")]:
         with pytest.raises(ValueError, match=message):
             talk(Path("r1"), **ask, **options)
+
+
+def test_stats_say_in_the_end_what_drafts_did(lm: LM, console: Console, monkeypatch: pytest.MonkeyPatch):
+    """Never anything but what was counted, and a plain word where nothing was."""
+    monkeypatch.setattr(type(lm.engine), "draft_stats", property(lambda engine: None))
+    assert drafting(lm) == "no drafts were made"
+    known = DraftStats("MTP", 2, (0.9, 0.5), 2.4, 1.31, 40, 28)
+    monkeypatch.setattr(type(lm.engine), "draft_stats", property(lambda engine: known))
+    assert drafting(lm) == ("drafts by MTP: 28 of 40 were right (by place: 90%, 50%); 2.40 tokens a step, "
+                            "1.31 times the speed without; now 2 a step")
+    monkeypatch.setattr("abyssal.talk.load", lambda *args, **kwargs: lm)
+    params = SamplingParams(max_tokens=4)
+    for stats in (False, True):
+        talk(Path("r1"), params=params, max_tokens=4, thinking="auto", prompt="one", console=console, stats=stats)
+        assert said(console).count("28 of 40") == stats

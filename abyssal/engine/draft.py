@@ -9,6 +9,7 @@ H places of an index.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -47,9 +48,10 @@ class Drafts(NamedTuple):
     def of(cls, ids_BK: np.ndarray, counts_B: np.ndarray) -> Drafts:
         return cls(ids_BK[:, : int(counts_B.max(initial=0))], counts_B)
 
-    @classmethod
-    def none(cls, n_rows: int) -> Drafts:
-        return cls(np.empty((n_rows, 0), np.int64), np.zeros(n_rows, np.int64))
+    @staticmethod
+    @functools.cache
+    def none(n_rows: int) -> Drafts:
+        return Drafts(np.empty((n_rows, 0), np.int64), np.zeros(n_rows, np.int64))
 
 
 class Drafter(Protocol):
@@ -155,6 +157,10 @@ class MtpDrafter:
         self._n_kept_R[rows_B] = 1
 
     def went_on(self, rows_B: np.ndarray, counts_B: np.ndarray, kept_B: np.ndarray, hidden_XD: Tensor) -> None:
+        if len(hidden_XD) == len(rows_B):  # nothing was drafted
+            self._hidden_RWD[torch.from_numpy(rows_B), torch.from_numpy(self._n_kept_R[rows_B])] = hidden_XD
+            self._n_kept_R[rows_B] += 1
+            return
         column_BT = np.arange(counts_B.max())
         computed_BT, kept_BT = column_BT < counts_B[:, None], column_BT < kept_B[:, None]
         row_X = np.repeat(rows_B, kept_B)

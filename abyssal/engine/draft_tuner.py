@@ -21,7 +21,9 @@ DRIFT = 0.1  # weight of one more step in what the k in use costs
 NEWS = 0.3  # and of a tried one
 OUTLIER = 3.0  # a step this many times as long as expected counts as if it were not longer
 BETTER = 1.02  # by so much another k must be better to be used
+LOOK_AGAIN = 8  # steps from one comparison to the next, while nothing is tried
 TRY_STEPS = 3  # of which the first is not counted: it works off what the k before left
+PROMISING = 1.01  # a try that makes more than that of what was hoped for is followed by another soon
 FIRST_WAIT, LAST_WAIT = 32, 2048  # steps from one try to the next
 
 
@@ -67,6 +69,7 @@ class Arms:
     left: int = 0  # steps until the try ends, or the next begins
     wait: int = FIRST_WAIT
     n_tries: int = 0
+    hope: float = 0.0  # ids a row and step that the try was supposed to give
 
 
 @dataclass
@@ -94,11 +97,11 @@ class Tuner:
         return arms.best if arms.trying is None else arms.trying
 
     def learn(self, step: Step) -> None:
-        n = len(step.able_K)
-        keep_K = (1 - FORGET) ** step.able_K
-        share_K = step.right_K / np.maximum(step.able_K, 1)
-        self.weight_K[:n] = self.weight_K[:n] * keep_K + (1 - keep_K)
-        self.right_K[:n] = self.right_K[:n] * keep_K + share_K * (1 - keep_K)
+        if n := len(step.able_K):
+            keep_K = (1 - FORGET) ** step.able_K
+            share_K = step.right_K / np.maximum(step.able_K, 1)
+            self.weight_K[:n] = self.weight_K[:n] * keep_K + (1 - keep_K)
+            self.right_K[:n] = self.right_K[:n] * keep_K + share_K * (1 - keep_K)
         if self.fixed is None:
             arms = self._arms(step.n_rows)
             if arms.last == step.k:
@@ -123,7 +126,10 @@ class Tuner:
         return float(self._arms(n_rows).cost_K[k])
 
     def _arms(self, n_rows: int) -> Arms:
-        return self.arms.setdefault(n_rows.bit_length(), Arms(np.full(self.most + 1, np.nan)))
+        size = n_rows.bit_length()
+        if size not in self.arms:
+            self.arms[size] = Arms(np.full(self.most + 1, np.nan))
+        return self.arms[size]
 
     def _cost(self, arms: Arms, k: int, seconds: float) -> None:
         known = arms.cost_K[k]
@@ -138,9 +144,12 @@ class Tuner:
 
     def _next(self, arms: Arms) -> None:
         arms.left -= 1
-        if arms.trying is not None and arms.left <= 0:
+        is_over = arms.trying is not None and arms.left <= 0
+        if arms.trying is not None and is_over:
+            if self.gain_K()[arms.trying] > PROMISING * arms.hope:
+                arms.wait = FIRST_WAIT
             arms.trying, arms.left = None, arms.wait
-        if arms.trying is None:
+        if arms.trying is None and (is_over or arms.left % LOOK_AGAIN == 0 or np.isnan(arms.cost_K[0])):
             best = self._best(arms)
             if best != arms.best:
                 arms.best, arms.wait, arms.left = best, FIRST_WAIT, FIRST_WAIT
@@ -149,6 +158,7 @@ class Tuner:
                 arms.trying, arms.left = unknown[0], TRY_STEPS
             elif arms.left <= 0:
                 arms.trying, arms.left = self._another(arms), TRY_STEPS
+                arms.hope = float(self.gain_K()[arms.trying])
                 arms.wait = min(2 * arms.wait, LAST_WAIT)
 
     def _best(self, arms: Arms) -> int:

@@ -20,7 +20,7 @@ from abyssal.engine.control import Control, Steering, steer
 from abyssal.engine.draft import Drafts
 from abyssal.engine.isolation import isolate, said
 from abyssal.engine.penalties import Bias, bias_of
-from abyssal.engine.sampler import Drawn, Sampling, kept_ids, sample, sampled_logps, sampling
+from abyssal.engine.sampler import Drawn, Sampling, draw, kept_ids, sample, sampled_logps, sampling
 from abyssal.engine.sequence import Rows, Sequence
 from abyssal.engine.verify import Verified, verify
 from abyssal.types import FinishReason
@@ -121,7 +121,7 @@ class Drawing:
         """What these rows would draw from such logits there, were there no controls and penalties."""
         positions = torch.from_numpy(positions_B).to(logits_BV.device)
         how = self._plan(rows_B, version, logits_BV.device).how
-        return sample(logits_BV[:, : self._vocab_size], positions, how).ids_B.cpu().numpy()
+        return draw(logits_BV[:, : self._vocab_size], positions, how)[0].cpu().numpy()
 
     def _append_runs(self, rows_B: np.ndarray, run: Verified) -> list[tuple[Sequence, Ending]]:
         rows, drawn = self._rows, run.drawn

@@ -101,18 +101,22 @@ def sample(
         masked_M = torch.from_numpy(steering.masked_M).to(logits_BV.device)
         forbidden_MV = torch.from_numpy(~steering.allowed_MV).to(logits_BV.device)
         logits_BV = logits_BV.index_put((masked_M,), logits_BV[masked_M].masked_fill(forbidden_MV, -torch.inf))
-    probs_BV = None
-    if how.all_greedy:
-        ids_B = logits_BV.argmax(-1)
-    else:
-        probs_BV = probabilities(logits_BV, how)
-        ids_B = inverse_cdf(probs_BV, uniform(how.key_B, positions_B))
-        if how.any_greedy:
-            ids_B = torch.where(how.temperature_B == 0, logits_BV.argmax(-1), ids_B)
+    ids_B, probs_BV = draw(logits_BV, positions_B, how)
     if steering is not None and steering.forced_C is not None:
         forced_rows_C = torch.from_numpy(steering.forced_rows_C).to(ids_B.device)
         ids_B = ids_B.index_put((forced_rows_C,), torch.from_numpy(steering.forced_C).to(ids_B.device))
     return Drawn(ids_B, logps_BV.gather(-1, ids_B[:, None])[:, 0], logps_BV, probs_BV)
+
+
+def draw(logits_BV: Tensor, positions_B: Tensor, how: Sampling) -> tuple[Tensor, Tensor | None]:
+    """One id a row, and what it was drawn from; None when all rows are greedy."""
+    if how.all_greedy:
+        return logits_BV.argmax(-1), None
+    probs_BV = probabilities(logits_BV, how)
+    ids_B = inverse_cdf(probs_BV, uniform(how.key_B, positions_B))
+    if how.any_greedy:
+        ids_B = torch.where(how.temperature_B == 0, logits_BV.argmax(-1), ids_B)
+    return ids_B, probs_BV
 
 
 def sampled_logps(probs_BV: Tensor, ids_B: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Letters: B rows of a step, K drafts, X tokens of all rows, D width.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -18,6 +19,7 @@ from abyssal.engine.draft_tuner import DraftStats, Step, Tuner
 from abyssal.engine.isolation import said
 from abyssal.engine.sequence import Prefix, Rows
 
+NOBODY = np.zeros(0, np.int64)
 Speculate = Literal["auto", "off"] | int
 
 
@@ -32,16 +34,17 @@ class Proposal(NamedTuple):
     began: float = 0.0
     is_whole: bool = True
 
-    @classmethod
-    def none(cls, n_rows: int) -> Proposal:
-        return cls(Drafts.none(n_rows), np.zeros(n_rows, np.int64), np.zeros(n_rows, bool))
+    @staticmethod
+    @functools.cache
+    def none(n_rows: int) -> Proposal:
+        return Proposal(Drafts.none(n_rows), np.zeros(n_rows, np.int64), np.zeros(n_rows, bool))
 
     def at(self, places: np.ndarray) -> Proposal:
         """Those of some rows."""
-        whole = self.is_whole and len(places) == len(self.room_B)
-        return Proposal(
-            self.drafts.at(places), self.room_B[places], self.is_forced_B[places], self.k, self.began, whole
-        )
+        if len(places) == len(self.room_B):
+            return self
+        forced_B = self.is_forced_B[places]
+        return Proposal(self.drafts.at(places), self.room_B[places], forced_B, self.k, self.began, is_whole=False)
 
 
 class Speculation:
@@ -68,6 +71,10 @@ class Speculation:
         """`fit` says how many of the drafts wanted each row has room for, and makes that room."""
         began, forced = time.perf_counter(), self._forced(rows_B)
         self._k = self.tuner.k(len(rows_B)) if self._error is None else 0
+        if self._k == 0 and not forced:
+            proposal = Proposal.none(len(rows_B))
+            self._draft(rows_B, proposal.room_B)
+            return proposal._replace(began=began)
         wanted_B, is_forced_B = np.full(len(rows_B), self._k), np.zeros(len(rows_B), bool)
         for place, ids in forced.items():
             wanted_B[place], is_forced_B[place] = len(ids), True
@@ -98,10 +105,14 @@ class Speculation:
 
     def learn(self, rows_B: np.ndarray, proposal: Proposal, start_B: np.ndarray, hidden_XD: Tensor) -> None:
         """These rows had start_B ids before the step, and now what they drew is compared with what was drafted."""
-        drafts, rows = proposal.drafts, self._rows
+        drafts, rows, seconds = proposal.drafts, self._rows, time.perf_counter() - proposal.began
         kept_B = rows.length_R[rows_B] - start_B
         if self._error is None:
             self.drafter.went_on(rows_B, drafts.counts_B + 1, kept_B, hidden_XD)
+        if proposal.k == 0 and drafts.most == 0 and proposal.is_whole:
+            self._count(len(rows_B), len(rows_B), seconds)
+            self.tuner.learn(Step(0, len(rows_B), seconds, NOBODY, NOBODY))
+            return
         ahead_K = np.arange(drafts.most)
         drawn_BK = rows.ids_RT[rows_B[:, None], np.minimum(start_B[:, None] + ahead_K, rows.ids_RT.shape[1] - 1)]
         has_ended_B = np.array([rows.sequences[row] is None for row in rows_B.tolist()])
@@ -111,7 +122,6 @@ class Speculation:
         is_right_BK = is_drafted_BK & (ahead_K < kept_B[:, None]) & (drawn_BK == drafts.ids_BK)
         self._drafted_K[: drafts.most] += is_drafted_BK.sum(0)
         self._right_K[: drafts.most] += is_right_BK.sum(0)
-        seconds = time.perf_counter() - proposal.began
         if proposal.is_whole:
             self._count(len(rows_B), int(kept_B.sum()), seconds)
         if proposal.is_whole and not proposal.is_forced_B.any():
