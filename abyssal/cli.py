@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,23 +148,26 @@ def chat(arguments: list[str]) -> None:
         seed=options.seed,
         structure=structure_of(options),
     )
-    talk(
-        path,
-        params=params,
-        max_tokens=options.max_tokens,
-        thinking=options.thinking,
-        prompt=options.prompt,
-        console=Console(),
-        dtype=options.dtype,
-        weights=options.weights,
-        raw=options.raw,
-        disk_cache=disk_cache(options.cache, max_bytes=options.cache_bytes),
-        effort=options.effort,
-        budget=options.budget,
-        min_thinking=options.min_thinking,
-        best_of=options.best_of,
-        stats=options.stats,
-    )
+    with warnings.catch_warnings():
+        # a reader wants to know what is done without, not where in our source it is said
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        talk(
+            path,
+            params=params,
+            max_tokens=options.max_tokens,
+            thinking=options.thinking,
+            prompt=options.prompt,
+            console=Console(),
+            dtype=options.dtype,
+            weights=options.weights,
+            raw=options.raw,
+            disk_cache=disk_cache(options.cache, max_bytes=options.cache_bytes),
+            effort=options.effort,
+            budget=options.budget,
+            min_thinking=options.min_thinking,
+            best_of=options.best_of,
+            stats=options.stats,
+        )
 
 
 def structure_of(options: ChatOptions) -> Structure | None:

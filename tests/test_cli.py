@@ -14,7 +14,7 @@ import pytest
 import torch
 from small_models import small_model
 
-from abyssal import cli
+from abyssal import cli, load
 from abyssal.checkpoint.save import save_checkpoint
 from abyssal.commands.checkpoint_path import resolve_checkpoint
 from abyssal.stages.run import STAGES
@@ -214,6 +214,29 @@ def test_a_prompt_is_answered_and_that_is_all(how, checkpoint, capsys):
     assert cli.dispatch(["chat", str(checkpoint), "--prompt", "one plus", "--max-tokens", "5", *how]) == 0
     said = capsys.readouterr()
     assert said.out.strip() and said.err == ""
+
+
+@pytest.mark.filterwarnings("default:the disk cache")
+def test_what_was_computed_for_a_prompt_is_kept_where_that_is_wanted(fails, tmp_path, monkeypatch, capfd):
+    tokenizer = Tokenizer(train_bpe(["one plus two is three"] * 20, vocab_size=300))
+    checkpoint = tmp_path / "long" / "base"
+    save_checkpoint(checkpoint, small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=256), tokenizer)
+    lms, real = [], load
+    monkeypatch.setattr("abyssal.talk.load", lambda *path, **how: lms.append(real(*path, **how)) or lms[-1])
+    monkeypatch.setenv("ABYSSAL_CACHE", str(tmp_path / "own"))
+    asked = ["chat", str(checkpoint), "--prompt", "0123456789" * 10, "--max-tokens", "5"]
+    said = []
+    for folder in (None, tmp_path, tmp_path, "auto", "auto"):
+        assert cli.dispatch([*asked, *([] if folder is None else ["--cache", str(folder)])]) == 0
+        said.append(capfd.readouterr().out)
+        lms[-1].engine.close()
+    assert [lm.engine.prefix_stats.n_found_on_disk for lm in lms] == [0, 0, 64, 0, 64] and len(set(said)) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long", "own", "prefix_cache"]
+    (tmp_path / "taken").write_text("a file")
+    assert cli.dispatch([*asked, "--cache", str(tmp_path / "taken")]) == 0
+    told = capfd.readouterr()
+    assert told.out in said and re.fullmatch("warning: the disk cache in .*; going on without it\n", told.err)
+    assert "max_bytes=0 leaves no room" in fails(*asked, "--cache", tmp_path, "--cache-bytes", "0")
 
 
 def test_a_checkpoint_goes_by_its_path_or_by_run_and_name(checkpoint, home):
