@@ -2,8 +2,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from small_models import KINDS, N_VOCAB, random_prompts, small_model
 
 from abyssal.engine import Engine
@@ -340,39 +338,3 @@ def test_an_answer_tells_what_it_was_drawn_from():
         logps = logits_TV.log_softmax(-1).gather(-1, torch.tensor(c.ids)[:, None])[:, 0]
         assert found.logps == pytest.approx(logps.tolist(), abs=1e-5)
     assert all(c.drawn_from is None for c in Engine(model, eos_ids=[]).generate(prompts, each))  # unless asked
-
-
-ACTIONS = st.lists(st.one_of(
-    st.tuples(st.just("add"), st.integers(0, 3), st.integers(1, 20)),
-    st.tuples(st.just("abort"), st.integers(0, 20), st.just(0)),
-    st.tuples(st.just("step"), st.integers(1, 4), st.just(0)),
-    st.tuples(st.just("load"), st.just(0), st.just(0)),
-), max_size=20)
-
-
-@settings(max_examples=40, deadline=None)
-@given(ACTIONS, st.integers(7, 12), st.booleans(), st.sampled_from([None, 1, 5]))
-def test_random_arrivals_and_aborts_leak_no_block_and_change_no_token(actions, n_blocks, prefix_cache, prefill_chunk):
-    model = small_model(num_hidden_layers=2)
-    engine = Engine(model, eos_ids=[7], n_blocks=n_blocks, block_size=4, max_batch=3, prefix_cache=prefix_cache,
-                    prefill_chunk=prefill_chunk)
-    prompts = random_prompts([1, 4, 4, 7])
-    added, finished = {}, []
-    for action, n, max_tokens in actions:
-        if action == "add":
-            params = SamplingParams(max_tokens=min(max_tokens, 16), seed=len(added))
-            added[engine.add(prompts[n], params)] = prompts[n], params
-        elif action == "abort":
-            engine.abort(n)
-        elif action == "load":
-            engine.load_weights(model)
-        else:
-            for _ in range(n):
-                finished += engine.step()
-    while engine.n_unfinished:
-        finished += engine.step()
-    assert engine.n_free_blocks == n_blocks - 1
-    assert not engine._scheduler._prefixes
-    for request_id, completion in finished[:3]:
-        prompt, params = added[request_id]
-        same([completion], [plain(model, prompt, params, eos_ids=[7])])

@@ -241,6 +241,39 @@ def test_a_prompt_kept_for_a_higher_priority_outlasts_a_lower_one_that_runs():
     assert low.row is not None and waiting.prefix.blocks is None
 
 
+def ends(engine: Engine) -> list[int]:
+    """Requests in the order in which they end."""
+    order = []
+    while engine.n_unfinished:
+        order += [request for request, _ in engine.step()]
+    return order
+
+
+def test_who_asks_once_does_not_wait_for_who_asks_a_hundred_times():
+    engine = Engine(small_model(), eos_ids=[], max_batch=2)
+    params = SamplingParams(max_tokens=3)
+    [prompt] = random_prompts([5])
+    many = [engine.add(prompt, params, namespace="many") for _ in range(100)]
+    once = engine.add(prompt, params, namespace="once")
+    urgent = engine.add(prompt, params, namespace="many", priority=1)
+    order = ends(engine)
+    assert order == [urgent, once, *many]  # the urgent one was served to "many"
+
+
+def test_the_low_wait_no_longer_than_ageing_says_however_many_high_ones_come():
+    engine = Engine(small_model(), eos_ids=[], max_batch=1)
+    engine._scheduler.waiting.ageing_steps = 6
+    params = SamplingParams(max_tokens=2)  # one step each
+    [prompt] = random_prompts([5])
+    low = engine.add(prompt, params, priority=-1)
+    n_steps, done = 0, set()
+    while low not in done:
+        engine.add(prompt, params, priority=1)
+        done |= {request for request, _ in engine.step()}
+        n_steps += 1
+    assert n_steps == 6
+
+
 def test_a_full_queue_says_so_and_takes_nothing():
     engine = Engine(small_model(), eos_ids=[], max_batch=1, max_waiting=2)
     prompts = random_prompts([3, 4, 5, 6])
