@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from abyssal.types import Message, SamplingParams, Structure
+from abyssal.types import Message, RequestError, SamplingParams, Structure
 
 if TYPE_CHECKING:
     from abyssal.lm import LM, Generated, load
 
-__all__ = ["LM", "Generated", "Message", "SamplingParams", "Structure", "load"]
+__all__ = ["LM", "Generated", "Message", "RequestError", "SamplingParams", "Structure", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from test_engine import plain, same
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from abyssal.engine import Engine
-from abyssal.engine.penalties import Penalties, bias_of
+from abyssal.engine.penalties import Penalties
 from abyssal.types import SamplingParams
 
 LOGITS = [2.0, -1.0, 0.5, 0.0, 3.0]
@@ -56,11 +56,16 @@ def test_before_anything_is_drawn_only_the_prompt_counts():
 
 
 def test_a_bias_is_added_once_to_each_id_it_names():
-    bias = bias_of({0: {}, 1: {2: 1.5, 0: -100.0}}, torch.device("cpu"))
+    penalties, device, prompt = Penalties(n_rows=4, max_length=4), torch.device("cpu"), np.array([1])
+    penalties.place(3, SamplingParams(logit_bias={4: 9.0}), prompt, n_prompt=1)
+    penalties.place(3, SamplingParams(logit_bias={2: 1.5, 0: -100.0}), prompt, n_prompt=1)
+    penalties.place(2, SamplingParams(logit_bias={1: 2}), prompt, n_prompt=1)
+    bias = penalties.bias(np.array([0, 3, 2]), device)
     assert bias is not None
-    logits_BV = torch.tensor([LOGITS, LOGITS]).index_put((bias.rows_X, bias.ids_X), bias.values_X, accumulate=True)
-    assert logits_BV.tolist() == [LOGITS, [-98.0, -1.0, 2.0, 0.0, 3.0]]
-    assert bias_of({0: {}}, torch.device("cpu")) is None
+    logits_BV = torch.tensor([LOGITS] * 3).index_put((bias.rows_X, bias.ids_X), bias.values_X, accumulate=True)
+    assert logits_BV.tolist() == [LOGITS, [-98.0, -1.0, 2.0, 0.0, 3.0], [2.0, 1.0, 0.5, 0.0, 3.0]]
+    penalties.place(3, SamplingParams(), prompt, n_prompt=1)  # another request's row now
+    assert penalties.bias(np.array([0, 3]), device) is None
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.2])

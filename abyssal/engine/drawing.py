@@ -19,7 +19,7 @@ from torch import Tensor
 from abyssal.engine.control import Control, Steering, steer
 from abyssal.engine.draft import Drafts
 from abyssal.engine.isolation import isolate, said
-from abyssal.engine.penalties import Bias, bias_of
+from abyssal.engine.penalties import Bias
 from abyssal.engine.sampler import Drawn, Sampling, draw, kept_ids, sample, sampled_logps, sampling
 from abyssal.engine.sequence import Rows, Sequence
 from abyssal.engine.verify import Verified, verify
@@ -290,7 +290,7 @@ class Drawing:
         plan = Plan(
             how=sampling(**{name: torch.from_numpy(column[rows_B]) for name, column in columns.items()}, device=device),
             penalised_P=penalised_P if len(penalised_P) else None,
-            bias=bias_of({place: sequence.params.logit_bias for place, sequence in more.items()}, device),
+            bias=rows.penalties.bias(rows_B, device) if rows.penalties.biases else None,
             told=[place for place, sequence in more.items() if sequence.params.top_logprobs],
             watched=[place for place, sequence in more.items() if sequence.search is not None],
         )

@@ -10,7 +10,6 @@ pairs, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,14 @@ import torch
 from torch import Tensor
 
 from abyssal.types import SamplingParams
+
+
+class Bias(NamedTuple):
+    """Added to the logit of an id in a row of the batch. No pair comes twice."""
+
+    rows_X: Tensor
+    ids_X: Tensor
+    values_X: Tensor
 
 
 class Penalties:
@@ -31,6 +38,7 @@ class Penalties:
         self.repetition_R = np.ones(n_rows, np.float32)
         self.presence_R, self.frequency_R = np.zeros(n_rows, np.float32), np.zeros(n_rows, np.float32)
         self.counts_RT = np.zeros((n_rows, max_length), np.int32)
+        self.biases: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by row: ids, and what is added
 
     def place(self, row: int, params: SamplingParams, ids: np.ndarray, *, n_prompt: int) -> None:
         """A row begins, or goes on, with these ids, all but the prompt drawn."""
@@ -39,6 +47,9 @@ class Penalties:
             self.repetition_R[row] = params.repetition_penalty
             self.presence_R[row], self.frequency_R[row] = params.presence_penalty, params.frequency_penalty
             self.counts_RT[row, : len(ids)] = _counts(ids, n_prompt)
+        self.biases.pop(row, None)
+        if bias := params.logit_bias:
+            self.biases[row] = np.array([*bias], np.int64), np.array([*bias.values()], np.float32)
 
     def drew(self, rows_P: np.ndarray, ids_RT: np.ndarray, positions_P: np.ndarray) -> None:
         """These rows have an id more each, at these positions."""
@@ -67,30 +78,19 @@ class Penalties:
         seen_PT = seen_PT - frequency_P1 * counts - presence_P1 * (counts > 0)
         return logits_PV.scatter_(1, ids, seen_PT)
 
+    def bias(self, rows_B: np.ndarray, device: torch.device) -> Bias | None:
+        """Of these rows; None where none has any."""
+        biased = [(place, *self.biases[row]) for place, row in enumerate(rows_B.tolist()) if row in self.biases]
+        if not biased:
+            return None
+        places, ids, values = zip(*biased, strict=True)
+        rows_X, ids_X = np.repeat(places, [len(own) for own in ids]), np.concatenate(ids)
+        values_X = np.concatenate(values)
+        return Bias(*(torch.from_numpy(column_X).to(device) for column_X in (rows_X, ids_X, values_X)))
+
 
 def _counts(ids: np.ndarray, n_prompt: int) -> np.ndarray:
     """Of the id at each place: how often it stands behind the prompt."""
     _, kinds = np.unique(ids, return_inverse=True)
     counts: np.ndarray = np.bincount(kinds[n_prompt:], minlength=int(kinds.max()) + 1)[kinds]
     return counts
-
-
-class Bias(NamedTuple):
-    """Added to the logit of an id in a row of the batch. No pair comes twice."""
-
-    rows_X: Tensor
-    ids_X: Tensor
-    values_X: Tensor
-
-
-def bias_of(each: Mapping[int, Mapping[int, float]], device: torch.device) -> Bias | None:
-    """From each row's biases, by its place in the batch; None when there are none."""
-    pairs = [(row, i, value) for row, bias in each.items() for i, value in bias.items()]
-    if not pairs:
-        return None
-    rows, ids, values = zip(*pairs, strict=True)
-    return Bias(
-        torch.tensor(rows, device=device),
-        torch.tensor(ids, device=device),
-        torch.tensor(values, dtype=torch.float32, device=device),
-    )
