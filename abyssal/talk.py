@@ -6,6 +6,7 @@ Ctrl-C while it thinks asks for the answer now; a second one, or one at any othe
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +76,7 @@ def talk(
     params = replace(params, max_tokens=answer_room(max_tokens, limits))
     if effort is not None:
         known = lm.effort(effort)
-        console.print(f"[dim]effort {effort}: {known.budget:,} tokens of thinking; {known.why}[/dim]", highlight=False)
+        tell(f"effort {effort}: {known.budget:,} tokens of thinking; {known.why}")
     manner = Manner(params=params, thinking=thinking, limits=limits, best_of=best_of)
     try:
         converse(lm, manner, directory=directory, prompt=prompt, raw=raw, console=console)
@@ -100,7 +101,8 @@ def drafting(lm: LM) -> str:
 def converse(lm: LM, manner: Manner, *, directory: Path, prompt: str | None, raw: bool, console: Console) -> None:
     """Answer the prompt, or whatever is asked."""
     if raw and prompt is not None:
-        spoken(lm, lm.prompt_ids(prompt, raw=True), manner, in_thought=False, console=console)
+        ids = lm.prompt_ids(prompt, raw=True)
+        spoken(lm, ids, manner, in_thought=opens_thinking(ids, lm.tokenizer), console=console)
         return
     if prompt is not None:
         answer(lm, [Message(role="user", content=prompt)], manner, console=console)
@@ -158,8 +160,13 @@ def chosen(lm: LM, conversation: Conversation, manner: Manner, *, console: Conso
     console.print(best.message.content, style="bold", markup=False, highlight=False)
     n_same = best.worth[best.chosen]
     said = "none came to its end" if n_same is None else f"{n_same:.0f} of {manner.best_of} answers say so"
-    console.print(f"[dim]{said}; {best.n_tokens:,} tokens[/dim]", highlight=False)
+    tell(f"{said}; {best.n_tokens:,} tokens")
     return best.message
+
+
+def tell(line: str) -> None:
+    """About the answer, not of it: stdout is for answers."""
+    print(line, file=sys.stderr)
 
 
 class Hurry:

@@ -137,15 +137,17 @@ def test_the_best_of_several_is_what_most_say_or_what_a_judge_finds_best(lm: LM)
         lm.best(QUESTION, 0)
 
 
-def test_what_the_command_line_asks_reaches_the_answer(lm: LM, monkeypatch: pytest.MonkeyPatch, console: Console):
+def test_what_the_command_line_asks_reaches_the_answer(
+    lm: LM, monkeypatch: pytest.MonkeyPatch, console: Console, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr("abyssal.talk.load", lambda *_, **__: lm)
     ask = {"params": SamplingParams(seed=1), "thinking": "auto", "prompt": "one?", "console": console}
     talk(Path("r1"), **ask, effort="low", max_tokens=70)
-    text = said(console)
-    assert f"effort low: {lm.effort('low').budget} tokens of thinking; 50% of 50 right answers" in text
-    assert "the answer follows." in text
+    told = capsys.readouterr().err
+    assert f"effort low: {lm.effort('low').budget} tokens of thinking; 50% of 50 right answers" in told
+    assert "the answer follows." in said(console)
     talk(Path("r1"), **ask, max_tokens=20, best_of=3)
-    assert "none came to its end; 60 tokens" in said(console)
+    assert capsys.readouterr().err == "none came to its end; 60 tokens\n"
     for options, message in [({"raw": True, "best_of": 2}, "--best-of 2 chooses"), ({"best_of": 0}, "--best-of 0")]:
         with pytest.raises(ValueError, match=message):
             talk(Path("r1"), **ask, **options)

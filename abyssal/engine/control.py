@@ -99,13 +99,16 @@ def steer(controls: Seq[tuple[int, Control]], *, n_vocab: int) -> Steering:
     masks: dict[int, np.ndarray] = {}
     forced: dict[int, int] = {}
     errors: dict[int, str] = {}
+    spare_V: np.ndarray | None = None
     for i, control in controls:
         try:
             if ids := control.forced():
                 forced[i] = _within(ids[0], n_vocab)
                 continue
-            allowed_V = np.ones(n_vocab, dtype=bool)
-            if control.mask(allowed_V):
+            allowed_V, spare_V = np.ones(n_vocab, dtype=bool) if spare_V is None else spare_V, None
+            if not control.mask(allowed_V):
+                spare_V = allowed_V  # nothing was cleared: the next one has it
+            else:
                 if not allowed_V.any():
                     raise ValueError("the controls of this request leave no id to draw; ask for less")
                 masks[i] = allowed_V

@@ -129,9 +129,9 @@ class ThinkingControl:
         """Decide whether the thinking has to close from here on. Once decided it stays so."""
         if not self.is_open or self._closing is not None:
             return
-        n, budget, landing = self._n_thought, self._limits.budget, list(self._limits.landing)
+        n, budget, landing = self._n_thought, self._limits.budget, self._limits.landing
         if budget is not None and len(landing) > budget:
-            landing = []
+            landing = ()
         if self._wanted:
             by: ClosedBy = "answer_now"
         elif budget is not None and n + len(landing) >= budget:
