@@ -50,13 +50,14 @@ def test_only_what_thinks_too_long_is_drawn_again_and_up_to_there_it_is_the_same
     free, each = free_answers(engine, tokenizer, n=24)
     lengths = [n_thought(r) for r in free]
     assert len(set(lengths)) > 5
-    for budget, landing in ((0, ()), (4, ()), (6, (70, 71)), (1, (70, 71))):
+    closed = [n for n, r in zip(lengths, free, strict=True) if tokenizer.end_think_id in r.completion.ids]
+    some = max(n for n in closed if n < 15)  # closes by itself exactly where a landing would have to begin
+    for budget, landing in ((0, ()), (some, ()), (some + 2, (70, 71)), (1, (70, 71))):
         limits = ThinkingLimits(budget=budget, landing=landing, stop_loops=False)
         rollouts, n_cut = within(limits, free, engine, tokenizer, params=each)
         at = budget - len(landing) if len(landing) <= budget else budget
         for length, before, after in zip(lengths, free, rollouts, strict=True):
-            closed = tokenizer.end_think_id in before.completion.ids
-            if length < at or (length == at == budget and closed):
+            if length < at or (length == at == budget and tokenizer.end_think_id in before.completion.ids):
                 assert after.completion.ids == before.completion.ids
             else:
                 ids = after.completion.ids

@@ -14,6 +14,10 @@ def test_one_answer_in_many_spellings(texts):
     assert len({answer_key(text) for text in texts}) == 1 and answer_key(texts[0]) is not None
 
 
+def test_a_number_goes_by_its_value():
+    assert [answer_key(text) for text in ("007", "0", "000", "10")] == ["7", "0", "0", "10"]
+
+
 def test_different_answers_and_none():
     keys = [answer_key(text) for text in ("12", "1.2", "-12", "twelve", "12 apples", "1/2", "0.5", "²")]
     assert len(set(keys)) == 8
