@@ -87,7 +87,8 @@ int64_t abyssal_logits(void* handle, const float* hidden_ND, int64_t n, float* l
 int64_t abyssal_product(const float* x_NK, const float* w_MK, int64_t n, int64_t m, int64_t k, int64_t block, float* out_NM) {
     try {
         abyssal::Matrix<float> w;
-        w.shape(m, k, block);
+        abyssal::Arena arena;
+        w.shape(arena, m, k, block);
         for (int64_t row = 0; row < m; row++) w.put(row, {w_MK, false}, row);
         std::vector<const float*> rows(n);
         for (int64_t i = 0; i < n; i++) rows[i] = x_NK + i * k;

@@ -5,9 +5,12 @@
 // Letters: N outputs, K inputs, P panels of 16 outputs.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 #include "vectors.h"
 
@@ -15,6 +18,7 @@ namespace abyssal {
 
 constexpr int PANEL = 16;             // outputs side by side in memory
 constexpr int PARTS = PANEL / FLOATS;  // vectors of a panel
+constexpr int AHEAD = 24;             // steps of k between asking for a panel's numbers and using them
 constexpr int MOST_ROWS = 6;          // rows of one tile: what the registers of AVX2 hold
 
 template <class S>
@@ -43,6 +47,43 @@ class Buffer {
     int64_t size_ = 0;
 };
 
+// Memory for weights, zeros at first, side by side in huge pages where the system has them: a step reads all of it, and
+// looking up small pages would take a good part of that time. What is taken lives as long as the arena.
+class Arena {
+  public:
+    Arena() = default;
+    Arena(const Arena&) = delete;
+    Arena& operator=(const Arena&) = delete;
+    ~Arena() {
+        for (const auto& [at, bytes] : chunks_) munmap(at, bytes);
+    }
+    template <class S>
+    S* take(int64_t n) {
+        const size_t bytes = (size_t(n) * sizeof(S) + 63) / 64 * 64;
+        if (bytes > left_) add(bytes);
+        char* at = next_;
+        next_ += bytes, left_ -= bytes;
+        return reinterpret_cast<S*>(at);
+    }
+
+  private:
+    void add(size_t least) {
+        constexpr size_t HUGE_PAGE = size_t(2) << 20, CHUNK = size_t(64) << 20;
+        const size_t bytes = (std::max(least, CHUNK) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE + HUGE_PAGE;
+        void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (at == MAP_FAILED) throw std::bad_alloc();
+        chunks_.push_back({at, bytes});
+#if defined(MADV_HUGEPAGE)
+        madvise(at, bytes, MADV_HUGEPAGE);
+#endif
+        next_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(at) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+        left_ = size_t(static_cast<char*>(at) + bytes - next_);
+    }
+    std::vector<std::pair<void*, size_t>> chunks_;
+    char* next_ = nullptr;
+    size_t left_ = 0;
+};
+
 // Where numbers come from: a contiguous (rows, K) tensor of torch.
 struct Source {
     const void* at;
@@ -56,18 +97,18 @@ struct Source {
 template <class T>
 struct Matrix {
     int64_t n = 0, k = 0, block = 0, n_panels = 0;
-    Buffer<T> panels;
+    T* panels = nullptr;  // in the arena
     Buffer<float> bias_N;
     bool has_bias = false;
 
-    void shape(int64_t outputs, int64_t inputs, int64_t sum_block) {
+    void shape(Arena& arena, int64_t outputs, int64_t inputs, int64_t sum_block) {
         n = outputs, k = inputs, block = sum_block, n_panels = (n + PANEL - 1) / PANEL;
-        panels.sized(n_panels * k * PANEL);
+        panels = arena.take<T>(n_panels * k * PANEL);
     }
-    const T* panel(int64_t p) const { return panels.get() + p * k * PANEL; }
+    const T* panel(int64_t p) const { return panels + p * k * PANEL; }
     // One row of the matrix into its lane.
     void put(int64_t row, const Source& source, int64_t source_row) {
-        T* to = panels.get() + row / PANEL * k * PANEL + row % PANEL;
+        T* to = panels + row / PANEL * k * PANEL + row % PANEL;
         if (source.is_bf16) {
             const bf16* from = static_cast<const bf16*>(source.at) + source_row * k;
             for (int64_t i = 0; i < k; i++) to[i * PANEL] = stored<T>(number(from[i]));
@@ -102,6 +143,7 @@ inline void tile(const float* const* rows, const Matrix<T>& w, int64_t first, fl
             for (int v = 0; v < V; v++) sum[r][v] = Floats{};
 #pragma GCC unroll 2
         for (int64_t i = start; i < end; i++) {
+            for (int s = 0; s < SIDE; s++) __builtin_prefetch(b[s] + (i + AHEAD) * PANEL);
             Floats y[V];
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++) y[v] = load<Floats>(b[v / PARTS] + i * PANEL + v % PARTS * FLOATS);

@@ -28,10 +28,10 @@ struct SwiGLU {
     Matrix<T> gate_up, down;
     int64_t width = 0;
 
-    void shape(int64_t dim, int64_t inner, int64_t block_in, int64_t block_inner) {
+    void shape(Arena& arena, int64_t dim, int64_t inner, int64_t block_in, int64_t block_inner) {
         width = inner;
-        gate_up.shape((inner + PANEL - 1) / PANEL * PANEL * 2, dim, block_in);
-        down.shape(dim, inner, block_inner);
+        gate_up.shape(arena, (inner + PANEL - 1) / PANEL * PANEL * 2, dim, block_in);
+        down.shape(arena, dim, inner, block_inner);
     }
     // Where a row of gate_proj or up_proj goes.
     static int64_t place(int64_t row, bool is_up) { return (row / PANEL * 2 + is_up) * PANEL + row % PANEL; }
@@ -59,6 +59,7 @@ struct Mtp {
 template <class T>
 struct Weights {
     AbyssalShape shape;
+    Arena arena;
     std::map<int64_t, int64_t> sum_blocks;  // of products over so many inputs
     std::unique_ptr<Layer<T>[]> layers;     // MTP modules' at the end
     std::unique_ptr<Mtp<T>[]> mtp;
@@ -89,13 +90,13 @@ struct Weights {
             layer.input_norm.sized(D);
             layer.post_norm.sized(D);
             const int64_t asked = shape.is_mla && shape.q_lora_rank ? shape.q_lora_rank : query_width();
-            layer.first.shape(asked + entry_width(), D, block(D));
+            layer.first.shape(arena, asked + entry_width(), D, block(D));
             if (shape.is_mla) {
                 const int64_t C = shape.kv_lora_rank;
                 layer.latent_norm.sized(C);
                 if (shape.q_lora_rank) {
                     layer.query_norm.sized(shape.q_lora_rank);
-                    layer.q_b.shape(query_width(), shape.q_lora_rank, block(shape.q_lora_rank));
+                    layer.q_b.shape(arena, query_width(), shape.q_lora_rank, block(shape.q_lora_rank));
                 }
                 layer.w_uk_HNC.sized(shape.n_heads * shape.qk_nope_head_dim * C);
                 layer.w_uv_HCV.sized(shape.n_heads * shape.v_head_dim * C);
@@ -103,25 +104,25 @@ struct Weights {
                 layer.q_norm.sized(shape.head_dim);
                 layer.k_norm.sized(shape.head_dim);
             }
-            layer.o.shape(D, values_width(), block(values_width()));
+            layer.o.shape(arena, D, values_width(), block(values_width()));
             layer.is_moe = shape.is_moe && i >= shape.first_k_dense;
             if (!layer.is_moe) {
-                layer.dense.shape(D, shape.intermediate_size, block(D), block(shape.intermediate_size));
+                layer.dense.shape(arena, D, shape.intermediate_size, block(D), block(shape.intermediate_size));
                 continue;
             }
-            layer.gate.shape(shape.n_experts, D, block(D));
+            layer.gate.shape(arena, shape.n_experts, D, block(D));
             layer.gate_bias.sized(shape.n_experts);
             layer.experts = std::make_unique<SwiGLU<T>[]>(shape.n_experts);
             for (int64_t e = 0; e < shape.n_experts; e++)
-                layer.experts[e].shape(D, shape.moe_width, block(D), block(shape.moe_width));
-            if (shape.n_shared) layer.dense.shape(D, shared_width(), block(D), block(shared_width()));
+                layer.experts[e].shape(arena, D, shape.moe_width, block(D), block(shape.moe_width));
+            if (shape.n_shared) layer.dense.shape(arena, D, shared_width(), block(D), block(shared_width()));
         }
         for (int64_t k = 0; k < shape.n_mtp; k++) {
             for (Buffer<float>* norm : {&mtp[k].enorm, &mtp[k].hnorm, &mtp[k].head_norm}) norm->sized(D);
-            mtp[k].join.shape(D, 2 * D, block(2 * D));
+            mtp[k].join.shape(arena, D, 2 * D, block(2 * D));
         }
         final_norm.sized(D);
-        head.shape(shape.vocab_size, D, block(D));
+        head.shape(arena, shape.vocab_size, D, block(D));
         if (!shape.tied) embedding.sized(shape.vocab_size * D);
         router = {shape.n_experts, shape.n_chosen,       shape.n_group,         shape.topk_group, shape.by_sigmoid != 0,
                   shape.biased != 0, shape.by_groups != 0, shape.norm_topk != 0, shape.best_of_group, float(shape.routed_scaling)};
