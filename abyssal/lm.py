@@ -208,7 +208,7 @@ class LM:
         else:
             found = by([candidates[i] for i in whole])
         for i, value in zip(whole, found, strict=True):
-            worth[i] = value
+            worth[i] = None if value is None or math.isnan(value) else value
         chosen = max(range(n), key=lambda i: (-math.inf if worth[i] is None else worth[i], -i))
         completions[chosen].checked()
         return Best(candidates[chosen], chosen, candidates, worth, sum(len(c.ids) for c in completions))

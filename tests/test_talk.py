@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -128,9 +129,10 @@ def test_the_best_of_several_is_what_most_say_or_what_a_judge_finds_best(lm: LM)
     try:
         best = lm.best(QUESTION, 5, params=params)
         assert best.chosen == 1 and best.worth == [2, 3, 3, 2, 3] and best.message.content == "12"
-        texts = iter(["a", "bbb", "cc"])
-        judged = lm.best(QUESTION, 3, by=lambda said: [None if m.content == "bbb" else len(m.content) for m in said])
-        assert judged.message.content == "cc" and judged.worth == [1, None, 2]
+        texts = iter(["a", "bbb", "cc", "d"])
+        scores = {"a": 1, "bbb": None, "cc": 2, "d": math.nan}  # what cannot be judged is not chosen
+        judged = lm.best(QUESTION, 4, by=lambda said: [scores[message.content] for message in said])
+        assert judged.message.content == "cc" and judged.worth == [1, None, 2, None]
     finally:
         lm.engine.generate = whole
     with pytest.raises(ValueError, match="n=0 answers leave nothing"):
