@@ -102,3 +102,12 @@ def test_a_hiccup_is_not_a_cost():
 def test_a_fixed_number_stays():
     tuner = Tuner(4, fixed=3)
     assert set(run(tuner, 50, share=0.0, seconds=lambda k: 1.0 + k)) == {3}
+
+
+def test_a_size_that_was_never_seen_begins_with_what_the_nearest_one_knows():
+    """Eight rows have shown that no draft pays. One row starts with none, and its seconds are its own from the first
+    step that was measured on, those of a try too: all keep their ratios."""
+    tuner = Tuner(2)
+    run(tuner, 300, share=0.2, seconds=lambda k: 0.08 * (1 + k), n_rows=8)
+    assert run(tuner, 3, share=0.2, seconds=lambda k: 0.02 * (1 + k)) == [0, 0, 0]
+    assert tuner.seconds(1, 0) == pytest.approx(0.02) and tuner.seconds(1, 1) == pytest.approx(0.04, rel=0.02)

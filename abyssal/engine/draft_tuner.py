@@ -18,7 +18,7 @@ import numpy as np
 FORGET = 1 / 256  # weight of one more row and step in the acceptance
 BELIEF = 4.0  # rows and steps whose weight the supposed acceptance has against what was measured
 DRIFT = 0.1  # weight of one more step in what the k in use costs
-NEWS = 0.3  # and of a tried one
+NEWS, LOWER = 0.3, 0.6  # and of a tried one; what is in the way makes a step longer, never shorter
 OUTLIER = 3.0  # a step this many times as long as expected counts as if it were not longer
 BETTER = 1.02  # by so much another k must be better to be used
 LOOK_AGAIN = 8  # steps from one comparison to the next, while nothing is tried
@@ -69,6 +69,7 @@ class Arms:
     left: int = 0  # steps until the try ends, or the next begins
     wait: int = FIRST_WAIT
     n_tries: int = 0
+    seen: set[int] = field(default_factory=set)  # k measured here; other costs are those of another size, scaled
     hope: float = 0.0  # ids a row and step that the try was supposed to give
 
 
@@ -123,24 +124,37 @@ class Tuner:
 
     def seconds(self, n_rows: int, k: int) -> float:
         """What a step of so many rows with k drafts costs, nan where that was not measured."""
-        return float(self._arms(n_rows).cost_K[k])
+        arms = self._arms(n_rows)
+        return float(arms.cost_K[k]) if arms.seen else np.nan
 
     def _arms(self, n_rows: int) -> Arms:
+        """A new size begins with the best k and the ratios of costs of the one most like it."""
         size = n_rows.bit_length()
         if size not in self.arms:
-            self.arms[size] = Arms(np.full(self.most + 1, np.nan))
+            near = min(self.arms, key=lambda known: abs(known - size), default=None)
+            if near is None:
+                self.arms[size] = Arms(np.full(self.most + 1, np.nan))
+            else:
+                self.arms[size] = Arms(self.arms[near].cost_K.copy(), self.arms[near].best, left=FIRST_WAIT)
         return self.arms[size]
 
     def _cost(self, arms: Arms, k: int, seconds: float) -> None:
         known = arms.cost_K[k]
         if np.isnan(known):
             arms.cost_K[k] = seconds
+            arms.seen.add(k)
+            return
+        if k not in arms.seen:
+            if not arms.seen:
+                arms.cost_K *= seconds / known
+            arms.cost_K[k] = seconds
+            arms.seen.add(k)
             return
         seconds = min(seconds, OUTLIER * known)
         if arms.trying is None:
             arms.cost_K *= 1 + DRIFT * (seconds / known - 1)
         else:
-            arms.cost_K[k] += NEWS * (seconds - known)
+            arms.cost_K[k] += (NEWS if seconds > known else LOWER) * (seconds - known)
 
     def _next(self, arms: Arms) -> None:
         arms.left -= 1
@@ -149,11 +163,13 @@ class Tuner:
             if self.gain_K()[arms.trying] > PROMISING * arms.hope:
                 arms.wait = FIRST_WAIT
             arms.trying, arms.left = None, arms.wait
-        if arms.trying is None and (is_over or arms.left % LOOK_AGAIN == 0 or np.isnan(arms.cost_K[0])):
+        if arms.trying is None and (is_over or arms.left % LOOK_AGAIN == 0 or len(arms.seen) < 2):
             best = self._best(arms)
             if best != arms.best:
                 arms.best, arms.wait, arms.left = best, FIRST_WAIT, FIRST_WAIT
             unknown = [k for k in (0, 1) if k != arms.best and np.isnan(arms.cost_K[k])]
+            if arms.best and 0 not in arms.seen:
+                unknown = [0]
             if unknown:
                 arms.trying, arms.left = unknown[0], TRY_STEPS
             elif arms.left <= 0:

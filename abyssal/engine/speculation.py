@@ -105,12 +105,13 @@ class Speculation:
 
     def learn(self, rows_B: np.ndarray, proposal: Proposal, start_B: np.ndarray, hidden_XD: Tensor) -> None:
         """These rows had start_B ids before the step, and now what they drew is compared with what was drafted."""
-        drafts, rows, seconds = proposal.drafts, self._rows, time.perf_counter() - proposal.began
+        drafts, rows = proposal.drafts, self._rows
         kept_B = rows.length_R[rows_B] - start_B
         if self._error is None:
             self.drafter.went_on(rows_B, drafts.counts_B + 1, kept_B, hidden_XD)
         if proposal.k == 0 and drafts.most == 0 and proposal.is_whole:
-            self._count(len(rows_B), len(rows_B), seconds)
+            seconds = time.perf_counter() - proposal.began
+            self._count(len(rows_B), len(rows_B), seconds, without=seconds)
             self.tuner.learn(Step(0, len(rows_B), seconds, NOBODY, NOBODY))
             return
         ahead_K = np.arange(drafts.most)
@@ -122,18 +123,19 @@ class Speculation:
         is_right_BK = is_drafted_BK & (ahead_K < kept_B[:, None]) & (drawn_BK == drafts.ids_BK)
         self._drafted_K[: drafts.most] += is_drafted_BK.sum(0)
         self._right_K[: drafts.most] += is_right_BK.sum(0)
+        seconds = time.perf_counter() - proposal.began
         if proposal.is_whole:
-            self._count(len(rows_B), int(kept_B.sum()), seconds)
+            self._count(len(rows_B), int(kept_B.sum()), seconds, without=self.tuner.seconds(len(rows_B), 0))
         if proposal.is_whole and not proposal.is_forced_B.any():
             able_BK = np.arange(proposal.k) < proposal.room_B[:, None]
             able_BK[:, : drafts.most] &= is_known_BK[:, : proposal.k]
             right_K = np.pad(is_right_BK.sum(0), (0, proposal.k - drafts.most))
             self.tuner.learn(Step(proposal.k, len(rows_B), seconds, able_BK.sum(0), right_K))
 
-    def _count(self, n_rows: int, n_ids: int, seconds: float) -> None:
+    def _count(self, n_rows: int, n_ids: int, seconds: float, *, without: float) -> None:
+        """`without`: what a step of so many rows takes without drafts."""
         self._n_row_steps += n_rows
         self._n_ids += n_ids
-        without = self.tuner.seconds(n_rows, 0) if self._k else seconds
         if not np.isnan(without):
             self._seconds += seconds
             self._seconds_without += without * n_ids / n_rows
