@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gqa_dense": {"num_key_value_heads": 1},
 }  # fmt: skip
 BASE = [3, 11, 7, 7, 19, 2, 14, 9, 1, 20, 16, 4]
-PROMPTS = [*(BASE[:n] for n in (1, 4, 5, 8, 9, 12)), [*BASE[:6], 0, 8], [*BASE[:4], 21], [8], [12] * 7]
+PROMPTS = [*(BASE[:n] for n in (4, 8, 9, 12)), [*BASE[:6], 0, 8], [*BASE[:4], 21], [8], [12] * 7]
 WAYS = [
     SamplingParams(temperature=0.0),
     SamplingParams(),
@@ -366,9 +366,9 @@ class World:
                 assert completion.finish_reason == "aborted"
                 self._end(request, completion)
 
-    def load(self, version: int) -> None:
-        self.version = version
-        self.engine.load_weights(weights(self.how.kind, version))
+    def load(self) -> None:
+        self.version = 1 - self.version
+        self.engine.load_weights(weights(self.how.kind, self.version))
 
     def cut(self, after: int) -> None:
         """Ctrl-C in the midst of a step's computing: nothing is lost, and nothing half done is used."""
@@ -518,7 +518,7 @@ def some(make: Any, **choices: list[Any]) -> st.SearchStrategy[Any]:
 SETTINGS = st.builds(
     lambda cache, work: Setting(**cache, **work),
     some(dict, kind=sorted(KINDS), native=[False, None], speculate=["off", "off", 1, 3],
-         n_blocks=[6, 7, 8, 9, 11, 13, 16], block_size=[2, 4, 8], prefix_cache=[False, True], tier=[False, True]),
+         n_blocks=[6, 7, 8, 9, 11, 13, 16], block_size=[2, 3, 4, 8], prefix_cache=[False, True], tier=[False, True]),
     some(dict, max_batch=[1, 2, 3, 4], prefill_chunk=[None, 1, 3, 6], spare_tokens=[None, 1, 2, 5],
          prefill_tokens=[8, 20, 1000], max_waiting=[None, None, None, 2], ageing_steps=[1, 3, 512]),
 )  # fmt: skip
@@ -533,7 +533,7 @@ HAPPENINGS = st.lists(
         REQUESTS,
         REQUESTS,
         some(dict, what=["step"], n=[1, 2, 3]),
-        some(dict, what=["abort", "reply", "reply", "load", "cut"], n=list(range(10))),
+        some(dict, what=["step", "abort", "reply", "reply", "load", "load", "cut"], n=list(range(6))),
     ),
     min_size=4,
     max_size=12,
@@ -557,7 +557,7 @@ def live(how: Setting, happenings: list[dict[str, Any]]) -> World:
         elif what == "abort":
             world.abort(n)
         elif what == "load":
-            world.load(n % 2)
+            world.load()
         else:
             world.cut(n % 3)
         world.check_books()
