@@ -34,6 +34,7 @@ from abyssal.model.transformer import Transformer
 
 MOST_ROPE = 1024  # widest rotated part of a head
 FIRST_POSITIONS = 4096  # that rotation tables reach; they grow with the contexts
+FOUR_LANES = -4  # as in native/matrix.h
 DEFAULT_BLOCK = 512  # products summed in one go where torch's order is not known
 
 
@@ -46,7 +47,7 @@ class Shape(ctypes.Structure):
             "is_mla q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_interleave "
             "latent_norm n_kv_heads head_dim qk_norm "
             "n_experts n_shared n_chosen moe_width n_group topk_group by_sigmoid biased by_groups best_of_group "
-            "norm_topk tied block_size"
+            "norm_topk tied block_size router_block"
         ).split()),
         *((name, ctypes.c_double) for name in ("norm_eps", "latent_eps", "softmax_scale", "routed_scaling")),
     ]  # fmt: skip
@@ -116,9 +117,12 @@ class NativeForward:
         self._library = _library(model.dtype)
         blocks = sum_blocks(self._library, _widths(config), known=model.dtype == torch.float32)
         inputs, sums = (np.array(list(numbers), np.int64) for numbers in (blocks, blocks.values()))
-        # the library's name stands for its source, its compiler's flags and the CPU
-        self.numerics = f"{Path(self._library._name).stem}, sums of {blocks}"
         shape = _shape(config, block_size)
+        if config.feed_forward == "moe":  # FP32 whatever the rest is, and its sums decide who is chosen
+            k, few = config.hidden_size, config.n_routed_experts
+            shape.router_block = order_of_sums(self._library, k, n_outputs=few) or blocks[k]
+        # the library's name stands for its source, its compiler's flags and the CPU
+        self.numerics = f"{Path(self._library._name).stem}, sums of {blocks} and {shape.router_block}"
         self._handle = self._library.abyssal_new(ctypes.byref(shape), len(inputs), inputs.ctypes.data, sums.ctypes.data)
         if not self._handle:
             raise MemoryError("the packed weights do not fit in memory beside the model's; use native=False")
@@ -280,18 +284,19 @@ def sum_blocks(found: ctypes.CDLL, widths: list[int], *, known: bool) -> dict[in
 
 
 @functools.cache
-def order_of_sums(found: ctypes.CDLL, n_inputs: int) -> int | None:
+def order_of_sums(found: ctypes.CDLL, n_inputs: int, *, n_outputs: int = 48) -> int | None:
     """How torch's FP32 linear sums on this machine: the number of products in one block; None when it is not so.
 
-    MKL sums in blocks, each product added by a fused multiply-add. Found out by trying: a right guess gives every bit.
+    MKL sums in blocks, each product added by a fused multiply-add; for few outputs in FOUR_LANES. Found out by trying:
+    a right guess gives every bit.
     """
     generator = torch.Generator().manual_seed(n_inputs)
-    x_NK, w_MK = (torch.randn(n, n_inputs, generator=generator) for n in (8, 48))
+    x_NK, w_MK = (torch.randn(n, n_inputs, generator=generator) for n in (8, n_outputs))
     with torch.no_grad():
         wanted_NM = F.linear(x_NK, w_MK)
     out_NM = torch.empty_like(wanted_NM)
     halves = {-(-n_inputs // 2 // multiple) * multiple for multiple in (1, 2, 4, 8, 16)}
-    for block in (n_inputs, 192, 128, 256, 320, 336, 384, 448, 512, *sorted(halves)):
+    for block in (n_inputs, 192, 128, 256, 320, 336, 384, 448, 512, *sorted(halves), FOUR_LANES):
         pointers = (tensor.data_ptr() for tensor in (x_NK, w_MK))
         found.abyssal_product(*pointers, len(x_NK), len(w_MK), n_inputs, block, out_NM.data_ptr())
         if torch.equal(out_NM, wanted_NM):

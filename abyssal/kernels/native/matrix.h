@@ -166,10 +166,31 @@ inline void tile(const float* const* rows, const Matrix<T>& w, int64_t first, fl
     }
 }
 
+// The order in which MKL sums where there are few outputs, on a machine that has it so (`block` is FOUR_LANES): every
+// fourth product in one sum, not fused, then the first and third together, the second and fourth, and both. For routers
+// of few experts.
+constexpr int64_t FOUR_LANES = -4;
+
+template <class T, class Done>
+void multiply_in_four_lanes(const float* const* rows, int64_t n_rows, const Matrix<T>& w, const Done& done) {
+    alignas(64) float out[PANEL];
+    for (int64_t p = 0; p < w.n_panels; p++)
+        for (int64_t r = 0; r < n_rows; r++) {
+            for (int part = 0; part < PARTS; part++) {
+                Floats sum[4] = {};
+                for (int64_t i = 0; i < w.k; i++)
+                    sum[i % 4] += rows[r][i] * load<Floats>(w.panel(p) + i * PANEL + part * FLOATS);
+                store(out + part * FLOATS, (sum[0] + sum[2]) + (sum[1] + sum[3]));
+            }
+            done(r, p, out);
+        }
+}
+
 // `done(row, panel, out16)` is told each row's 16 outputs of each panel from `first` to `end`. Two neighbouring panels
 // of one row always come one after the other when `first` and `end` are even.
 template <class T, class Done>
 void multiply(const float* const* rows, int64_t n_rows, const Matrix<T>& w, int64_t first, int64_t end, const Done& done) {
+    if (w.block == FOUR_LANES) return multiply_in_four_lanes(rows, n_rows, w, done);
     const int64_t n_tiles = (n_rows + MOST_ROWS - 1) / MOST_ROWS;
     alignas(64) float out[MOST_ROWS * 8 * PANEL];
     auto some = [&]<int ROWS, int SIDE>(int64_t start) {

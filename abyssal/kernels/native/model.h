@@ -16,7 +16,7 @@ struct AbyssalShape {
     int64_t is_mla, q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, rope_interleave;
     int64_t latent_norm, n_kv_heads, head_dim, qk_norm;
     int64_t n_experts, n_shared, n_chosen, moe_width, n_group, topk_group, by_sigmoid, biased, by_groups, best_of_group;
-    int64_t norm_topk, tied, block_size;
+    int64_t norm_topk, tied, block_size, router_block;
     double norm_eps, latent_eps, softmax_scale, routed_scaling;
 };
 
@@ -110,7 +110,7 @@ struct Weights {
                 layer.dense.shape(arena, D, shape.intermediate_size, block(D), block(shape.intermediate_size));
                 continue;
             }
-            layer.gate.shape(arena, shape.n_experts, D, block(D));
+            layer.gate.shape(arena, shape.n_experts, D, shape.router_block);
             layer.gate_bias.sized(shape.n_experts);
             layer.experts = std::make_unique<SwiGLU<T>[]>(shape.n_experts);
             for (int64_t e = 0; e < shape.n_experts; e++)
