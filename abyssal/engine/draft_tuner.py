@@ -19,6 +19,7 @@ FORGET = 1 / 256  # weight of one more row and step in the acceptance
 BELIEF = 4.0  # rows and steps whose weight the supposed acceptance has against what was measured
 DRIFT = 0.1  # weight of one more step in what the k in use costs
 NEWS, LOWER = 0.3, 0.6  # and of a tried one; what is in the way makes a step longer, never shorter
+SETTLED = 4  # steps of one k from which on its cost is known
 OUTLIER = 3.0  # a step this many times as long as expected counts as if it were not longer
 BETTER = 1.02  # by so much another k must be better to be used
 LOOK_AGAIN = 8  # steps from one comparison to the next, while nothing is tried
@@ -69,7 +70,7 @@ class Arms:
     left: int = 0  # steps until the try ends, or the next begins
     wait: int = FIRST_WAIT
     n_tries: int = 0
-    seen: set[int] = field(default_factory=set)  # k measured here; other costs are those of another size, scaled
+    seen: dict[int, int] = field(default_factory=dict)  # how often k was measured here; other costs are another size's
     hope: float = 0.0  # ids a row and step that the try was supposed to give
 
 
@@ -140,18 +141,16 @@ class Tuner:
 
     def _cost(self, arms: Arms, k: int, seconds: float) -> None:
         known = arms.cost_K[k]
-        if np.isnan(known):
-            arms.cost_K[k] = seconds
-            arms.seen.add(k)
-            return
-        if k not in arms.seen:
+        n_before = arms.seen.get(k, 0)
+        if n_before == 0:
             if not arms.seen:
                 arms.cost_K *= seconds / known
             arms.cost_K[k] = seconds
-            arms.seen.add(k)
+        arms.seen[k] = n_before + 1
+        if n_before == 0:
             return
         seconds = min(seconds, OUTLIER * known)
-        if arms.trying is None:
+        if arms.trying is None and n_before >= SETTLED:
             arms.cost_K *= 1 + DRIFT * (seconds / known - 1)
         else:
             arms.cost_K[k] += (NEWS if seconds > known else LOWER) * (seconds - known)
@@ -170,6 +169,8 @@ class Tuner:
             unknown = [k for k in (0, 1) if k != arms.best and np.isnan(arms.cost_K[k])]
             if arms.best and 0 not in arms.seen:
                 unknown = [0]
+            if arms.seen.get(arms.best, 0) < SETTLED:  # the very first steps take longer than any behind them
+                unknown = []
             if unknown:
                 arms.trying, arms.left = unknown[0], TRY_STEPS
             elif arms.left <= 0:
