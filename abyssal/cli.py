@@ -73,7 +73,8 @@ class ChatOptions:
     budget: int | None = None  # tokens of thinking, at most
     min_thinking: int = 0  # tokens of thinking, at least
     best_of: int = 1  # answers drawn for each that is given: what most of them say
-    stats: bool = False  # say in the end how many drafted tokens were right, and what that brought
+    speculate: Literal["auto", "off"] | int | None = None  # tokens drafted a step; else auto, and off for MTP modules
+    stats: bool = False  # say in the end what drafts and caches brought
     dtype: Literal["auto", "float32", "bfloat16"] | None = None  # of products; FP32, or auto with weights in few bits
     weights: Literal["compute", "fp8", "int8", "int4"] = "compute"  # compute: in the type of products
     json: bool = False  # the answer is a JSON object
@@ -166,6 +167,7 @@ def chat(arguments: list[str]) -> None:
             budget=options.budget,
             min_thinking=options.min_thinking,
             best_of=options.best_of,
+            speculate=options.speculate,
             stats=options.stats,
         )
 

@@ -73,9 +73,15 @@ class LM:
         max_batch: int = 64,
         invariant: bool = False,
         disk_cache: DiskCache | None = None,
-        speculate: Speculate = "auto",
+        speculate: Speculate | None = None,
     ) -> None:
-        """`sampling` is what `chat` draws with unless it is told otherwise, `thinking_lengths` what effort goes by."""
+        """`sampling` is what `chat` draws with unless it is told otherwise, `thinking_lengths` what effort goes by.
+
+        `speculate` None: by look-up as much as pays; not by MTP modules, a quarter of a model of a few layers, whose
+        drafts cost more than they bring (LOG.md, bench/speculation.py).
+        """
+        if speculate is None:
+            speculate = "off" if model.config.num_nextn_predict_layers else "auto"
         self.model, self.tokenizer, self.sampling = model.eval(), tokenizer, sampling
         self.thinking_lengths = thinking_lengths
         self.grammars = Grammars(tokenizer)
@@ -284,6 +290,7 @@ def load(
     weights: Weights = "compute",
     invariant: bool = False,
     disk_cache: DiskCache | None = None,
+    speculate: Speculate | None = None,
     on_bytes: OnBytes | None = None,
 ) -> LM:
     """The model in a Hugging Face directory or GGUF file, ready to generate. Opens weights, config and tokenizer,
@@ -293,7 +300,8 @@ def load(
     given; with weights in few bits it is "auto", the fastest here. `invariant`: an answer is the same to the last bit
     whatever else is asked, before or at the same time; slower. `disk_cache`: what was computed for prompts and answers
     is kept in a folder and used where another begins alike, after a restart too; to a rounding, without `invariant`.
-    `on_bytes` is called with the bytes read and the bytes in all.
+    `speculate`: drafts a step, "auto" for as many as pay, "off"; what is answered is the same. `on_bytes` is called
+    with the bytes read and the bytes in all.
     """
     path = packaged_checkpoint(directory, say=lambda line: print(line, file=sys.stderr))
     dtype = dtype or ("auto" if weights in FORMATS else "float32")
@@ -307,4 +315,5 @@ def load(
         thinking_lengths=own_thinking(path),
         invariant=invariant,
         disk_cache=disk_cache,
+        speculate=speculate,
     )

@@ -18,6 +18,7 @@ from rich.markup import escape
 from abyssal.checkpoint.load import Weights
 from abyssal.checkpoint.own_thinking import Effort
 from abyssal.engine.disk_cache import DiskCache
+from abyssal.engine.speculation import Speculate
 from abyssal.lm import LM, load
 from abyssal.machine import leave_busy_cores
 from abyssal.progress import bytes_bar
@@ -54,12 +55,14 @@ def talk(
     budget: int | None = None,
     min_thinking: int = 0,
     best_of: int = 1,
+    speculate: Speculate | None = None,
     stats: bool = False,
 ) -> None:
     """Answer `prompt` and return, or read questions until an empty line or the end of input. /new starts over.
 
     With `raw`, `prompt` is continued as it stands, and control tokens that it spells are control tokens.
-    `max_tokens` None: ROOM, and what the thinking may take. `stats`: in the end, what drafts did.
+    `max_tokens` None: ROOM, and what the thinking may take. `stats`: in the end, what drafts and caches
+    did.
     """
     if raw and prompt is None:
         raise ValueError("--raw continues a text, not a conversation; give the text with --prompt")
@@ -69,7 +72,9 @@ def talk(
         raise ValueError(f"--best-of {best_of} leaves nothing to choose from; give 1 or more")
     leave_busy_cores()
     with bytes_bar(f"loading {directory}", console) as on_bytes:
-        lm = load(directory, dtype=dtype, weights=weights, disk_cache=disk_cache, on_bytes=on_bytes)
+        lm = load(
+            directory, dtype=dtype, weights=weights, disk_cache=disk_cache, speculate=speculate, on_bytes=on_bytes
+        )
     if params.structure is not None:
         lm.grammars.control(params.structure)  # what makes no sense is said before a question is asked
     limits = lm.limits(effort=effort, budget=budget, min_thinking=min_thinking)
@@ -82,7 +87,8 @@ def talk(
         converse(lm, manner, directory=directory, prompt=prompt, raw=raw, console=console)
     finally:
         if stats:
-            console.print(f"[dim]{escape(drafting(lm))}[/dim]", highlight=False)
+            for line in (drafting(lm), caching(lm)):
+                console.print(f"[dim]{escape(line)}[/dim]", highlight=False)
 
 
 def drafting(lm: LM) -> str:
@@ -96,6 +102,15 @@ def drafting(lm: LM) -> str:
         f"drafts by {stats.drafter}: {stats.n_accepted} of {stats.n_drafted} were right (by place: {right}); "
         f"{stats.tokens_per_step:.2f} tokens a step, {gain}; now {stats.k} a step"
     )
+
+
+def caching(lm: LM) -> str:
+    """One line about what did not have to be computed."""
+    stats, disk = lm.engine.prefix_stats, lm.engine.disk_stats
+    line = f"{stats.n_found} of {stats.n_tokens} tokens of prompts were found in the cache"
+    if disk is None:
+        return line
+    return f"{line}, {stats.n_found_on_disk} of them on disk" + (f"; {disk.fault}" if disk.fault else "")
 
 
 def converse(lm: LM, manner: Manner, *, directory: Path, prompt: str | None, raw: bool, console: Console) -> None:

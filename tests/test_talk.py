@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from small_models import thinking_model
+from small_models import small_model, thinking_model
 
 import abyssal
 from abyssal import LM, Message, SamplingParams
 from abyssal.checkpoint.own_thinking import ThinkingLengths, write_lengths
 from abyssal.checkpoint.save import save_checkpoint
+from abyssal.engine.disk_cache import DiskCache
 from abyssal.engine.draft_tuner import DraftStats
-from abyssal.talk import Manner, answer, answer_room, drafting, talk
+from abyssal.talk import Manner, answer, answer_room, caching, drafting, talk
 from abyssal.tokens.bpe import train_bpe
 from abyssal.tokens.chat import LANDING, landing_ids
 from abyssal.tokens.tokenizer import Tokenizer
@@ -168,3 +169,28 @@ def test_stats_say_in_the_end_what_drafts_did(lm: LM, console: Console, monkeypa
     for stats in (False, True):
         talk(Path("r1"), params=params, max_tokens=4, thinking="auto", prompt="one", console=console, stats=stats)
         assert said(console).count("28 of 40") == stats
+
+
+def test_stats_say_what_was_found_in_caches(lm: LM, tmp_path: Path):
+    """The same question twice: all blocks but the last are there the second time, and on disk for another process."""
+    prompt, params = list(range(20)) * 8, SamplingParams(max_tokens=2)  # 160 ids: two blocks of 64
+    first = LM(lm.model, lm.tokenizer, disk_cache=DiskCache(folder=tmp_path))
+    first.engine.generate([prompt], params)
+    first.engine.generate([prompt], params)
+    assert caching(first).startswith("128 of 320 tokens of prompts were found in the cache")
+    first.engine.close()
+    second = LM(lm.model, lm.tokenizer, disk_cache=DiskCache(folder=tmp_path))
+    second.engine.generate([prompt], params)
+    assert caching(second) == "128 of 160 tokens of prompts were found in the cache, 128 of them on disk"
+    second.engine.close()
+
+
+def test_mtp_drafts_only_where_it_is_asked_to(lm: LM):
+    """Of a model of a few layers the module is too large a part; look-up costs next to nothing."""
+    tokenizer = lm.tokenizer
+    with_mtp = small_model("mla_moe", vocab_size=tokenizer.vocab_size, num_nextn_predict_layers=1)
+    without = small_model("gqa_dense", vocab_size=tokenizer.vocab_size)
+    assert with_mtp.config.num_nextn_predict_layers and LM(with_mtp, tokenizer).engine.draft_stats is None
+    assert LM(with_mtp, tokenizer, speculate="auto").engine.draft_stats.drafter == "MTP"
+    assert LM(without, tokenizer).engine.draft_stats.drafter == "prompt look-up"
+    assert LM(without, tokenizer, speculate="off").engine.draft_stats is None
