@@ -5,10 +5,10 @@
 The same weights, prompts, dtype and threads, greedy answers of fixed length; figures are new tokens per second with the
 prompt's time included, and the median ratio of pairs run in turn. Theirs is `generate` in the fastest of its expert
 kernels, attention forms and caches, tried first at every batch. 3M to 63M have DeepSeek-V3's shape, 135M SmolLM2's.
-Answers are shorter where theirs would take longer than `--seconds`; what cannot answer even --least tokens in ten times
-that is left out and says so. The share of memory bandwidth is that of one stream: the weights that one token needs,
-times tokens per second, over what reading a large tensor reaches on this machine; small models live in the CPU's cache
-and may exceed it.
+Answers are shorter where theirs would take longer than `--seconds`; where --least tokens take three times that, it is
+left out and says so. The share of memory bandwidth is that of one stream: the weights that one token needs, times
+tokens per second, over what reading a large tensor reaches on this machine; small models live in the CPU's cache and
+may exceed it.
 """
 
 from __future__ import annotations
@@ -137,24 +137,24 @@ class Peer:
     def __init__(self, ours: Transformer, options: Options) -> None:
         self._models = {setting: theirs_of(ours, setting) for setting in settings_of(ours.config)}
         self._options = options
+        self._best = f"{next(iter(self._models))}+dynamic"
 
     def best(self, ids_BT: Tensor) -> tuple[str, int]:
         """The fastest setting for these prompts, and how long answers may be: 0 if even the shortest take too long."""
         options = self._options
-        first = next(iter(self._models))
-        tried = self.work(f"{first}+dynamic", ids_BT, 2)
+        tried = self.work(self._best, ids_BT, 2)
         tried()
-        if (taken := seconds(tried)) > 2 * options.seconds:
-            return f"{first}+dynamic", self._affordable(taken / 2)
+        if (taken := seconds(tried)) > options.seconds / 4:  # what was best for fewer requests must do
+            return self._best, self._affordable(taken / 2)
         work = {f"{setting}+dynamic": self.work(f"{setting}+dynamic", ids_BT, TRIAL_TOKENS) for setting in self._models}
         setting = fastest(work, repeats=1).rpartition("+")[0]
         forms = {f"{setting}+{c}": self.work(f"{setting}+{c}", ids_BT, TRIAL_TOKENS) for c in ("dynamic", "static")}
-        best = fastest(forms, repeats=1)
-        return best, self._affordable(seconds(forms[best]) / TRIAL_TOKENS)
+        self._best = fastest(forms, repeats=1)
+        return self._best, self._affordable(seconds(forms[self._best]) / TRIAL_TOKENS)
 
     def _affordable(self, seconds_a_token: float) -> int:
         options = self._options
-        if seconds_a_token * options.least > 10 * options.seconds:
+        if seconds_a_token * options.least > 3 * options.seconds:
             return 0
         return max(options.least, min(options.new_tokens, int(options.seconds / seconds_a_token)))
 
