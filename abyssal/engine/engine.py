@@ -247,7 +247,8 @@ class Engine:
         """Admit who fits, then draw one token for every running sequence; returns those that ended."""
         finished, self._unclaimed = self._unclaimed, []
         try:
-            self._step(finished)
+            with self._runner.alone():
+                self._step(finished)
         except BaseException:  # Ctrl-C too: what was cut short is computed again, and nobody's answer is lost
             self._unclaimed = finished
             self._scheduler.preempt_all()

@@ -14,6 +14,8 @@ import ctypes
 import functools
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,9 +32,10 @@ from abyssal.model.config import ModelConfig
 from abyssal.model.mla import LATENT_NORM_EPS
 from abyssal.model.quantized import format_of
 from abyssal.model.rope import rope_amplitude, rope_tables
-from abyssal.model.transformer import Transformer
+from abyssal.model.transformer import Transformer, count_parameters
 
 MOST_ROPE = 1024  # widest rotated part of a head
+LITTLE = 2_500_000  # products of a step below which a second thread costs more than it brings (0.1 ms of one)
 FIRST_POSITIONS = 4096  # that rotation tables reach; they grow with the contexts
 FOUR_LANES = -4  # as in native/matrix.h
 DEFAULT_BLOCK = 512  # products summed in one go where torch's order is not known
@@ -127,7 +130,8 @@ class NativeForward:
         if not self._handle:
             raise MemoryError("the packed weights do not fit in memory beside the model's; use native=False")
         self._step = Step()
-        self._n_positions = 0
+        self._n_positions = self._n_threads = 0
+        _, self._n_active = count_parameters(model)
         self.load(model)
 
     def __del__(self) -> None:
@@ -149,6 +153,18 @@ class NativeForward:
             assert found == 0, f"{name}: {self._error() if found < 0 else 'no such tensor in native/model.h'}"
         self._frequencies, self._n_positions = model.rope_frequencies, 0
         self._reach(min(FIRST_POSITIONS, self.config.max_position_embeddings))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, all threads are ours and torch has one: two teams that wait awake for their own keep each other off
+        the cores (with two, a step of 16 rows took four times as long)."""
+        self._n_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._n_threads)
+            self._n_threads = 0
 
     def attach(self, caches: list[Tensor], experts: Tensor | None) -> None:
         """Where entries and chosen experts are kept from now on."""
@@ -203,7 +219,7 @@ class NativeForward:
         hidden_XD = hidden_XD.float().contiguous()
         logits_XV = torch.empty(len(hidden_XD), self.config.vocab_size)
         pointers = hidden_XD.data_ptr(), len(hidden_XD), logits_XV.data_ptr()
-        if self._library.abyssal_logits(self._handle, *pointers, torch.get_num_threads()):
+        if self._library.abyssal_logits(self._handle, *pointers, self._n_threads or torch.get_num_threads()):
             raise RuntimeError(f"the native logits failed: {self._error()}")
         return logits_XV
 
@@ -221,7 +237,9 @@ class NativeForward:
         step.ids, step.positions, step.rows, step.blocks, step.wanted = (int(array.ctypes.data) for array in arrays)
         step.hidden_in = None if hidden_ND is None else hidden_ND.data_ptr()
         step.hidden_out, step.logits = out_ND.data_ptr(), logits_WV.data_ptr()
-        if self._library.abyssal_forward(self._handle, ctypes.byref(step), torch.get_num_threads()):
+        is_little = n_tokens * self._n_active < LITTLE
+        n_threads = 1 if is_little else self._n_threads or torch.get_num_threads()
+        if self._library.abyssal_forward(self._handle, ctypes.byref(step), n_threads):
             raise RuntimeError(f"the native forward step failed: {self._error()}")
         return logits_WV, out_ND
 

@@ -16,6 +16,7 @@ M MoE layers, K chosen experts, X tokens asked for, sequence after sequence, A p
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -150,6 +151,10 @@ class Runner:
             self._owns_weights = not model.is_cast
         if self._native is not None:
             self._native.load(model)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Around a step: see `NativeForward.alone`."""
+        return nullcontext() if self._native is None else self._native.alone()
 
     def prefill(self, chunks: list[Chunk]) -> Computed:
         """Compute prompts or parts of them into their blocks; asked for is each chunk's last token."""
