@@ -60,7 +60,7 @@ class Options:
     new_tokens: int = 64
     first_prompt: int = 256  # tokens of the prompt whose first token is waited for
     pairs: int = 5
-    seconds: float = 3.0  # that one run of theirs may take
+    seconds: float = 8.0  # that one run of theirs may take
     least: int = 4  # tokens of an answer
     threads: int = 2
     save: bool = True  # append the results to results/engine.jsonl
