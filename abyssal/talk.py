@@ -26,6 +26,7 @@ from abyssal.tokens.bpe import END_THINK, THINK
 from abyssal.tokens.chat import ThinkingMode, opens_thinking, render
 from abyssal.types import Conversation, Message, RequestError, SamplingParams, ThinkingLimits
 
+FEW_DRAFTS = 64  # so few steps are timed mostly while everything is cold
 ROOM = 256  # tokens for an answer, beside those for its thinking where they are limited
 
 
@@ -97,7 +98,9 @@ def drafting(lm: LM) -> str:
     if stats is None or not stats.n_drafted:
         return "no drafts were made"
     right = ", ".join(f"{share:.0%}" for share in stats.acceptance)
-    gain = "not measured yet" if stats.speed_up is None else f"{stats.speed_up:.2f} times the speed without"
+    gain = f"{stats.speed_up:.2f} times the speed without" if stats.speed_up is not None else "not measured yet"
+    if stats.n_drafted < FEW_DRAFTS:
+        gain = "too few to say what they brought"
     return (
         f"drafts by {stats.drafter}: {stats.n_accepted} of {stats.n_drafted} were right (by place: {right}); "
         f"{stats.tokens_per_step:.2f} tokens a step, {gain}; now {stats.k} a step"

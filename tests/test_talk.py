@@ -160,15 +160,18 @@ def test_stats_say_in_the_end_what_drafts_did(lm: LM, console: Console, monkeypa
     """Never anything but what was counted, and a plain word where nothing was."""
     monkeypatch.setattr(type(lm.engine), "draft_stats", property(lambda engine: None))
     assert drafting(lm) == "no drafts were made"
-    known = DraftStats("MTP", 2, (0.9, 0.5), 2.4, 1.31, 40, 28)
+    few = DraftStats("MTP", 2, (0.9, 0.5), 2.4, 0.55, 4, 3)
+    monkeypatch.setattr(type(lm.engine), "draft_stats", property(lambda engine: few))
+    assert "3 of 4 were right" in drafting(lm) and "too few to say" in drafting(lm) and "0.55" not in drafting(lm)
+    known = DraftStats("MTP", 2, (0.9, 0.5), 2.4, 1.31, 400, 280)
     monkeypatch.setattr(type(lm.engine), "draft_stats", property(lambda engine: known))
-    assert drafting(lm) == ("drafts by MTP: 28 of 40 were right (by place: 90%, 50%); 2.40 tokens a step, "
+    assert drafting(lm) == ("drafts by MTP: 280 of 400 were right (by place: 90%, 50%); 2.40 tokens a step, "
                             "1.31 times the speed without; now 2 a step")
     monkeypatch.setattr("abyssal.talk.load", lambda *args, **kwargs: lm)
     params = SamplingParams(max_tokens=4)
     for stats in (False, True):
         talk(Path("r1"), params=params, max_tokens=4, thinking="auto", prompt="one", console=console, stats=stats)
-        assert said(console).count("28 of 40") == stats
+        assert said(console).count("280 of 400") == stats
 
 
 def test_stats_say_what_was_found_in_caches(lm: LM, tmp_path: Path):
