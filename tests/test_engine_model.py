@@ -115,6 +115,7 @@ class World:
         self.rounded = Counter()
         self.n_prefilled = self.n_decoded = 0
         self._cut_in: int | None = None
+        self._was_idle = False
         self._watch()
 
     def _watch(self) -> None:
@@ -225,9 +226,12 @@ class World:
         assert self.n_prefilled <= (how.prefill_chunk or CONTEXT * 99)
         if how.spare_tokens is not None:
             assert self.n_prefilled + self.n_decoded <= how.max_batch + how.spare_tokens
-        # no starvation: whoever weighs most never gives way, so a step draws an id, or nobody runs and a prompt grows
+        # no starvation: whoever weighs most never gives way, so a step draws an id, or nobody runs and a prompt grows.
+        # Where all that run give way to a prompt that is ready, it is the next step that draws for that one.
         n_grown = self.n_prefilled + self.engine.prefix_stats.n_found_on_disk - n_brought
-        assert not n_unfinished or self._n_seen() > n_before or n_grown
+        is_idle = n_unfinished > 0 and self._n_seen() == n_before and not n_grown
+        assert not (is_idle and self._was_idle)
+        self._was_idle = is_idle
 
     def _unclaimed(self) -> dict[int, Completion]:
         """Ended in a step that was cut short: the next one tells."""
