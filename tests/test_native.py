@@ -188,3 +188,20 @@ def test_what_cannot_be_native_is_said(monkeypatch, capsys):
     )
     with pytest.raises(ValueError, match="native=True is not possible here: no C"):
         make(native=True)
+
+
+def test_a_step_has_the_cores_to_itself_and_gives_them_back(monkeypatch: pytest.MonkeyPatch):
+    """Torch computes on one thread inside a step, and on as many as before behind it, also when it raises."""
+    engine = Engine(small_model(), eos_ids=[], native=True)
+    decode, seen, before = engine._runner.decode, [], torch.get_num_threads()
+    monkeypatch.setattr(engine._runner, "decode", lambda *a: (seen.append(torch.get_num_threads()), decode(*a))[1])
+    torch.set_num_threads(2)
+    try:
+        engine.generate([[1, 2, 3]], SamplingParams(max_tokens=3))
+        assert seen == [1, 1] and torch.get_num_threads() == 2
+        monkeypatch.setattr(engine._scheduler, "admit", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
