@@ -33,9 +33,6 @@ class Script:
             raise RuntimeError("no idea")
         self.heard.append(token)
 
-    def rewind(self, n):
-        del self.heard[len(self.heard) - n:]
-
 
 def run(engine, requests):
     """Completions of (prompt, params, control), all at once."""
@@ -167,8 +164,6 @@ def test_the_answers_control_hears_nothing_while_thinking_is_open():
     assert grammar.heard == [] and control.forced() == [4, 5] and allowed_now(control) == [4, 5, 6, 7]
     control.drawn(4)
     assert grammar.heard == [4] and allowed_now(control) == [0, 1, 2, 3, 4, 5, 6]
-    control.rewind(1)
-    assert grammar.heard == []
 
     at_once = Controls(Opening(), Script())
     at_once.drawn(5)  # an answer without thinking is the answer from its first id on

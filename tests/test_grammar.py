@@ -365,26 +365,6 @@ def test_forced_text_is_spelled_as_the_tokenizer_spells_it():
     assert 0 < len(free.forced()) < len(ids) and ids[: len(free.forced())] == free.forced()
 
 
-@pytest.mark.parametrize("n_back", [1, 3, 7])
-def test_taking_ids_back_is_as_if_they_had_never_been(n_back: int):
-    schema = closed(name=text(maxLength=8), ages={"type": "array", "items": INTEGER, "maxItems": 2})
-    for seed in range(8):
-        ids, has_ended = drawn_by(GRAMMARS.control(Structure("schema", schema)), seed)
-        ids = [*ids, EOS] if has_ended else ids
-        plain, rewound = (GRAMMARS.control(Structure("schema", schema)) for _ in range(2))
-        for k, token in enumerate(ids):
-            rewound.drawn(token)
-            if k >= n_back and k % 2:
-                rewound.rewind(n_back)
-                for again in ids[k - n_back + 1 : k + 1]:
-                    rewound.drawn(again)
-            plain.drawn(token)
-            assert rewound.forced() == plain.forced()
-            masks = [np.ones(N_VOCAB, dtype=bool) for _ in range(2)]
-            assert plain.mask(masks[0]) == rewound.mask(masks[1])
-            assert (masks[0] == masks[1]).all()
-
-
 def test_the_most_recently_used_are_kept():
     grammars = Grammars(TOKENIZER, kept=3, kept_chars=1000)
     compiled: list[Structure] = []

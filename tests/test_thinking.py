@@ -134,22 +134,6 @@ def test_thinking_that_turns_in_circles_is_closed_and_an_answer_may_repeat_itsel
     assert play(answer, circles, n=100) == circles[:100] and answer.report == (0, None)
 
 
-@settings(max_examples=150)
-@given(ids=st.lists(st.sampled_from([1, 2, THINK, END_THINK]), max_size=12), n=st.integers(0, 12),
-       prompt=st.sampled_from([OPEN, FREE, CLOSED]), budget=st.none() | st.integers(0, 8))
-def test_ids_taken_back_leave_the_control_as_if_they_had_never_come(ids, n, prompt, budget):
-    n = min(n, len(ids))
-    whole, part = (ThinkingControl(limits(budget, landing=()), WORDS, prompt) for _ in range(2))
-    for token in ids:
-        whole.drawn(token)
-    whole.rewind(n)
-    for token in ids[: len(ids) - n]:
-        part.drawn(token)
-    for control in (whole, part):
-        control.drawn(2)
-    assert (whole.forced(), whole.report, whole.is_open) == (part.forced(), part.report, part.is_open)
-
-
 @pytest.mark.parametrize(("prompt", "phase"), [
     (OPEN, "open"), ([*OPEN, 10], "open"), (CLOSED, "closed"), (FREE, "may open"), ([7], "may open"),
     ([THINK, 4, END_THINK, 5, EOS, USER, 6], "may open"),  # an earlier turn
@@ -283,9 +267,6 @@ class Heard:
 
     def drawn(self, token):
         self.ids.append(token)
-
-    def rewind(self, n):
-        del self.ids[len(self.ids) - n:]
 
 
 def test_a_control_of_the_answer_begins_where_the_thinking_ends():

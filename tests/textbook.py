@@ -65,9 +65,6 @@ class Steered:
         if self.is_sick and self.n_drawn > N_HEALTHY:
             raise RuntimeError("a sick control")
 
-    def rewind(self, n: int) -> None:
-        self.n_drawn -= n
-
 
 def control_of(steer: str) -> Steered | None:
     return None if steer == "free" else Steered(is_sick=steer == "sick")

@@ -26,9 +26,6 @@ class Control(Protocol):
     def drawn(self, token: int) -> None:
         """This id was appended, forced or free."""
 
-    def rewind(self, n: int) -> None:
-        """Take the last n drawn ids back."""
-
 
 class ThinkingFirst(Protocol):
     """A control that knows where the thinking is. Neither open nor closed: the next id may open it, or not."""
@@ -42,7 +39,6 @@ class ThinkingFirst(Protocol):
     def forced(self) -> list[int]: ...
     def mask(self, allowed_V: np.ndarray) -> bool: ...
     def drawn(self, token: int) -> None: ...
-    def rewind(self, n: int) -> None: ...
 
 
 class Controls:
@@ -50,7 +46,6 @@ class Controls:
 
     def __init__(self, thinking: ThinkingFirst, answer: Control, *, end_ids: Iterable[int] = ()) -> None:
         self._thinking, self._answer, self._end_ids = thinking, answer, sorted(end_ids)
-        self._n_answer = 0
 
     def forced(self) -> list[int]:
         # before anything is drawn the model may still decide to think: nothing of the answer is forced on it then
@@ -70,14 +65,6 @@ class Controls:
         self._thinking.drawn(token)
         if not was_open and self._thinking.is_closed:
             self._answer.drawn(token)
-            self._n_answer += 1
-
-    def rewind(self, n: int) -> None:
-        n_answer = min(n, self._n_answer)
-        self._n_answer -= n_answer
-        if n_answer:
-            self._answer.rewind(n_answer)
-        self._thinking.rewind(n)
 
 
 class Steering(NamedTuple):

@@ -144,7 +144,7 @@ class GrammarControl:
     def __init__(self, matcher: LLMatcher, *, end_ids: frozenset[int], can_force: bool) -> None:
         self._matcher, self._end_ids, self._can_force = matcher, end_ids, can_force
         self._is_ended = False
-        self._ahead = [self._only()]  # what was forced after each id: the same again once ids were taken back
+        self._ahead = self._only()  # what is forced from here on
 
     @property
     def is_whole(self) -> bool:
@@ -152,7 +152,7 @@ class GrammarControl:
         return self._matcher.is_accepting()
 
     def forced(self) -> list[int]:
-        return self._ahead[-1]
+        return self._ahead
 
     def mask(self, allowed_V: np.ndarray) -> bool:
         if self._is_ended:
@@ -166,24 +166,14 @@ class GrammarControl:
         return True
 
     def drawn(self, token: int) -> None:
-        ahead = self._ahead[-1]
         if token in self._end_ids:
             self._is_ended = True
-            self._ahead.append([])
+            self._ahead = []
             return
         self._matcher.consume_token(token)
         self._check()
-        self._ahead.append(ahead[1:] if ahead[1:] and ahead[0] == token else self._only())
-
-    def rewind(self, n: int) -> None:
-        if n == 0:
-            return
-        del self._ahead[-n:]
-        n_consumed = n - self._is_ended
-        self._is_ended = False
-        if n_consumed:
-            self._matcher.rollback(n_consumed)
-        self._check()
+        ahead = self._ahead
+        self._ahead = ahead[1:] if ahead[1:] and ahead[0] == token else self._only()
 
     def _only(self) -> list[int]:
         """The ids of the one text that can follow, as far as they do not hang on what comes behind it."""

@@ -45,11 +45,3 @@ class Loops:
         found_P = self._run_P >= self._need_P
         first = int(found_P.argmax())
         return first + 1 if found_P[first] else None
-
-    def rewind(self, n: int) -> None:
-        """Take the last n ids back. Costs as much as a few hundred of `push`."""
-        self._n -= n
-        ids = self._ids[: self._n]
-        for p in range(1, len(self._run_P) + 1):
-            differs = (ids[p:] != ids[:-p])[::-1]
-            self._run_P[p - 1] = int(differs.argmax()) if differs.any() else len(differs)

@@ -102,22 +102,6 @@ class ThinkingControl:
             self._closed_at = self._n_drawn
         self._settle()
 
-    def rewind(self, n: int) -> None:
-        before = self._n_thought
-        self._n_drawn -= n
-        self._ended = self._ended and n == 0
-        if self._closed_at is not None and self._closed_at > self._n_drawn:
-            self._closed_at = None
-        if self._opened_at is not None and self._opened_at > self._n_drawn:
-            self._opened_at = None
-        if self._n_drawn == 0 and self._begins == "closed":
-            self._closed_at = 0
-        if self._loops is not None and before > self._n_thought:
-            self._loops.rewind(before - self._n_thought)
-        if self._closing is not None and self._closing.start > self._n_thought:
-            self._closing = None
-        self._settle()
-
     @property
     def _n_thought(self) -> int:
         if self._opened_at is None:
