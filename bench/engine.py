@@ -6,9 +6,13 @@ The same weights, prompts, dtype and threads, greedy answers of fixed length; fi
 prompt's time included, and the median ratio of pairs run in turn. Theirs is `generate` in the fastest of its expert
 kernels, attention forms and caches, tried first at every batch. 3M to 63M have DeepSeek-V3's shape, 135M SmolLM2's.
 Answers are shorter where theirs would take longer than `--seconds`; where --least tokens take three times that, it is
-left out and says so. The share of memory bandwidth is that of one stream: the weights that one token needs, times
-tokens per second, over what reading a large tensor reaches on this machine; small models live in the CPU's cache and
-may exceed it.
+left out and says so.
+
+"MTP, untrained" is the same model with an MTP module of random weights and `speculate="auto"`: what drafting costs
+where it cannot pay; what it brings is in bench/speculation.py, on trained checkpoints. "cache hit" has all of the
+prompt but the last block in the prefix cache. The share of memory bandwidth is that of one stream: the weights that one
+token needs, times tokens per second, over what reading a large tensor reaches on this machine; small models live in the
+CPU's cache and may exceed it.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -47,8 +51,6 @@ from abyssal.types import SamplingParams
 Sizes = Literal[Size, "135M"]
 TRIAL_TOKENS = 6  # of an answer, when their settings are tried
 BLOCK = 16
-# what the engine is asked to do beside its plain self; speculation gets its lines here
-OURS: dict[str, dict[str, Any]] = {"plain": {}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,8 @@ class Options:
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     prompt_len: int = 32
     new_tokens: int = 64
-    first_prompt: int = 256  # tokens of the prompt whose first token is waited for
+    first_prompt: int = 256  # tokens of the prompt whose first token is waited for, and of those found in the cache
+    cached_batches: tuple[int, ...] = (1, 16)  # requests whose prompts the cache has
     pairs: int = 5
     seconds: float = 8.0  # that one run of theirs may take
     least: int = 4  # tokens of an answer
@@ -96,6 +99,14 @@ def theirs_of(ours: Transformer, setting: str) -> PreTrainedModel:
     missing, left_over = model.load_state_dict(names, strict=False)
     assert set(missing) <= {"lm_head.weight"} and not left_over, (missing, left_over)  # the head is the embedding
     return model.to(ours.dtype)
+
+
+def with_mtp(ours: Transformer) -> Transformer:
+    """The same model, and an MTP module of random weights."""
+    config = replace(ours.config, num_nextn_predict_layers=1)
+    model = Transformer(config, dtype=ours.dtype).init_weights(torch.Generator().manual_seed(1))
+    model.load_state_dict(ours.state_dict(), strict=False)
+    return model
 
 
 def settings_of(config: ModelConfig) -> list[str]:
@@ -176,20 +187,49 @@ def throughput(ours: Transformer, peer: Peer, batch: int, options: Options) -> l
     if not new_tokens:
         print(f"  batch {batch}: transformers is too slow here to be waited for")
         return []
-    their_work, found = peer.work(setting, ids_BT, new_tokens), []
-    for name, asked in OURS.items():
-        engine = Engine(ours, eos_ids=(), max_batch=batch, record_experts=False, **asked)
+    engines = {"plain": Engine(ours, eos_ids=(), max_batch=batch, record_experts=False)}
+    if ours.config.feed_forward == "moe":
+        engines["MTP, untrained"] = Engine(
+            with_mtp(ours), eos_ids=(), max_batch=batch, record_experts=False, speculate="auto"
+        )
+    return beside(engines, peer.work(setting, ids_BT, new_tokens), ids_BT, new_tokens, setting, options)
+
+
+def cached_throughput(ours: Transformer, peer: Peer, batch: int, options: Options) -> list[dict[str, Any]]:
+    """Prompts that were there before. Theirs has no cache between calls and computes them again."""
+    ids_BT = prompts_of(ours.config, batch, options.first_prompt)
+    setting, new_tokens = peer.best(ids_BT)
+    if not new_tokens:
+        return []
+    engine = Engine(
+        ours, eos_ids=(), max_batch=batch, record_experts=False, prefix_cache=True, block_size=BLOCK
+    )  # time_pairs' untimed run fills it
+    work = peer.work(setting, ids_BT, new_tokens)
+    return beside({"cache hit": engine}, work, ids_BT, new_tokens, setting, options)
+
+
+def beside(
+    engines: dict[str, Engine],
+    their_work: Callable[[], list[list[int]]],
+    ids_BT: Tensor,
+    new_tokens: int,
+    setting: str,
+    options: Options,
+) -> list[dict[str, Any]]:
+    """Each engine's row: tokens per second in pairs with theirs."""
+    (batch, prompt_len), found = ids_BT.shape, []
+    for name, engine in engines.items():
         our_work = our_answers(engine, ids_BT.tolist(), new_tokens)
         same = [a == b for x, y in zip(our_work(), their_work(), strict=True) for a, b in zip(x, y, strict=True)]
         paired = time_pairs(our_work, their_work, n_pairs=options.pairs, n_tokens=batch * new_tokens)
         found.append({
-            "what": "tokens", "ours": name, "batch": batch, "prompt_len": options.prompt_len, "new_tokens": new_tokens,
+            "what": "tokens", "ours": name, "batch": batch, "prompt_len": prompt_len, "new_tokens": new_tokens,
             "theirs_setting": setting, "same_tokens": sum(same) / len(same), "ours_tokens_per_s": paired.ours,
             "theirs_tokens_per_s": paired.theirs, "ratio": paired.ratio, "ratio_min": paired.spread[0],
             "ratio_max": paired.spread[1],
         })  # fmt: skip
         rates = [f"{statistics.median(who):.0f}" for who in (paired.ours, paired.theirs)]
-        print(f"  batch {batch}: {' and '.join(rates)} tokens/s")
+        print(f"  batch {batch}, {name}: {' and '.join(rates)} tokens/s")
     return found
 
 
@@ -240,25 +280,27 @@ def measure(size: Sizes, dtype: str, options: Options, bytes_per_s: float) -> li
     peer = Peer(ours, options)
     differ = logits_differ_by(ours, peer.model(), prompts_of(config, 1, 32))
     rows = [row for batch in options.batches for row in throughput(ours, peer, batch, options)]
+    rows += [row for batch in options.cached_batches for row in cached_throughput(ours, peer, batch, options)]
     rows += first_token(ours, peer, options)
     about = {"size": size, "dtype": dtype, "parameters": total, "active": active, "pairs": options.pairs}
     for row in rows:
         row |= about | {"logits_differ_by": differ, "bandwidth": bytes_per_s}
-        if row["what"] == "tokens" and row["batch"] == 1:
+        if row["what"] == "tokens" and row["batch"] == 1 and row["ours"] == "plain":
             read = active * DTYPES[dtype].itemsize * statistics.median(row["ours_tokens_per_s"])
             row["bandwidth_share"] = read / bytes_per_s
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [f"{'size':>5} {'dtype':>8} {'what':>22} {'ours':>9} {'theirs':>9} {'ratio':>6}   range         bandwidth"]
+    lines = [f"{'size':>5} {'dtype':>8} {'what':>27} {'ours':>9} {'theirs':>9} {'ratio':>6}   range         bandwidth"]
     for row in rows:
-        what = f"{row['batch']} requests" if row["what"] == "tokens" else f"first of {row['prompt_len']}, {row['ours']}"
+        how = "" if row["ours"] == "plain" else f", {row['ours']}"
+        what = f"{row['batch']} requests{how}" if row["what"] == "tokens" else f"first of {row['prompt_len']}{how}"
         unit = "tokens_per_s" if row["what"] == "tokens" else "ms"
         ours, theirs = (statistics.median(row[f"{who}_{unit}"]) for who in ("ours", "theirs"))
         share = f"{100 * row['bandwidth_share']:.0f} %" if "bandwidth_share" in row else ""
         lines.append(
-            f"{row['size']:>5} {row['dtype']:>8} {what:>22} {ours:9.{1 if unit == 'ms' else 0}f} "
+            f"{row['size']:>5} {row['dtype']:>8} {what:>27} {ours:9.{1 if unit == 'ms' else 0}f} "
             f"{theirs:9.{1 if unit == 'ms' else 0}f} {row['ratio']:6.2f}   "
             f"{row['ratio_min']:.2f}..{row['ratio_max']:.2f}   {share:>6}"
         )
