@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from abyssal.stages.recipe import Recipe, from_dict
+from abyssal.stages.recipe import Recipe
+from abyssal.typed_toml import from_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 Stage = Literal["pretrain", "zero"]

@@ -35,9 +35,10 @@ import abyssal.checkpoint.shards
 import abyssal.record
 from abyssal.engine.engine import Engine
 from abyssal.record import Recorder
-from abyssal.stages.recipe import Recipe, from_dict
+from abyssal.stages.recipe import Recipe
 from abyssal.stages.run import STAGES
 from abyssal.stages.way import open_run, walk
+from abyssal.typed_toml import from_dict
 
 KILLED = STAGES[:-1]  # the report is drawn from what is there
 SET_CHILD_SUBREAPER = 36  # prctl: whoever a killed child leaves behind becomes ours

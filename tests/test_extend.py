@@ -25,11 +25,12 @@ from abyssal.model.config import RopeScaling
 from abyssal.model.rope import rope_frequencies
 from abyssal.stages import extend as stage
 from abyssal.stages.extend import ExtendConfig, stretched
-from abyssal.stages.recipe import Recipe, RlDataConfig, from_dict, read_recipe
+from abyssal.stages.recipe import Recipe, RlDataConfig, read_recipe
 from abyssal.stages.run import SEED_NUMBER, STAGES, Run
 from abyssal.stages.way import check_same, open_run, walk
 from abyssal.tokens.bpe import train_bpe
 from abyssal.tokens.tokenizer import Tokenizer
+from abyssal.typed_toml import from_dict
 
 MICRO = Path(__file__).with_name("micro.toml")
 

@@ -15,8 +15,9 @@ from rich.console import Console
 from abyssal.data.problems import ProblemSource
 from abyssal.machine import compute_dtype
 from abyssal.model.config import ModelConfig, RopeScaling
-from abyssal.stages.recipe import Recipe, from_dict, read_recipe, to_toml, with_precision
+from abyssal.stages.recipe import Recipe, read_recipe, with_precision
 from abyssal.stages.way import settle_precision
+from abyssal.typed_toml import from_dict, to_toml
 
 RUNS = sorted((Path(__file__).parents[1] / "runs").glob("*.toml"))
 MODEL: dict[str, Any] = {

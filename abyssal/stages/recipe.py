@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from abyssal.evals.tasks import EvalConfig
 from abyssal.machine import Precision
@@ -24,6 +22,7 @@ from abyssal.stages.rl import RlConfig
 from abyssal.stages.sft import SftConfig
 from abyssal.stages.tokenize import DataConfig, TokenizerConfig
 from abyssal.stages.traces import TracesConfig
+from abyssal.typed_toml import from_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,84 +130,3 @@ def read_recipe(path: str | Path) -> Recipe:
         return from_dict(Recipe, content, "")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def from_dict(kind: type[Any], content: dict[str, Any], where: str) -> Any:
-    """Fill a dataclass from nested dicts, checking every name and type."""
-    hints = typing.get_type_hints(kind)
-    known = {f.name for f in dataclasses.fields(kind)}
-    if unknown := [key for key in content if key not in known]:
-        raise ValueError(f"unknown key {where}{unknown[0]!s}; {where or 'a recipe'} has {', '.join(sorted(known))}")
-    missing = [
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in content
-    ]
-    if missing:
-        raise ValueError(f"{where}{missing[0]} is missing; give it a value")
-    return kind(**{key: _value(hints[key], value, f"{where}{key}") for key, value in content.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}={value!r} must be a table")
-        return from_dict(typing.cast(type, hint), value, f"{where}.")
-    if origin in (typing.Union, types.UnionType):
-        inner = [a for a in arguments if a is not type(None)]
-        return None if value is None else _value(inner[0], value, where)
-    if origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"{where}={value!r}; use one of {', '.join(map(repr, arguments))}")
-        return value
-    if origin is tuple and arguments[-1] is Ellipsis:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{where}={value!r} must be a list")
-        return tuple(_value(arguments[0], v, where) for v in value)
-    if origin is tuple:
-        if arguments[1:] == (...,):  # of any length
-            if not isinstance(value, list | tuple):
-                raise ValueError(f"{where}={value!r} must be a list")
-            return tuple(_value(arguments[0], v, where) for v in value)
-        if not isinstance(value, list | tuple) or len(value) != len(arguments):
-            raise ValueError(f"{where}={value!r} must be a list of {len(arguments)} values")
-        return tuple(_value(a, v, where) for a, v in zip(arguments, value, strict=True))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}={value!r} must be a table")
-        return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where}={value!r} must be of type {hint.__name__}")
-    return value
-
-
-def to_toml(recipe: Recipe) -> str:
-    """The recipe with every default written out; reading it gives the same recipe."""
-    return "\n".join(_table(dataclasses.asdict(recipe), "")).lstrip("\n") + "\n"
-
-
-def _table(content: dict[str, Any], name: str) -> list[str]:
-    scalars = {k: v for k, v in content.items() if not isinstance(v, dict) and v is not None}
-    lines = [f"\n[{name}]"] if name and (scalars or not content) else []
-    lines += [f"{_key(k)} = {_literal(v)}" for k, v in scalars.items()]
-    for key, value in content.items():
-        if isinstance(value, dict):
-            lines += _table(value, f"{name}.{_key(key)}" if name else _key(key))
-    return lines
-
-
-def _key(key: str) -> str:
-    return key if key.replace("_", "").isalnum() and key.isascii() else _literal(key)
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_literal(item) for item in value) + "]"
-    return repr(value)

@@ -23,9 +23,10 @@ from rich.console import Console
 from abyssal.data.user_examples import read_conversations
 from abyssal.machine import compute_dtype, keep_freed_memory, resolve_device, set_threads
 from abyssal.reward.verifiers import Verifiers
-from abyssal.stages.recipe import Recipe, read_recipe, to_toml, with_precision
+from abyssal.stages.recipe import Recipe, read_recipe, with_precision
 from abyssal.stages.run import CHECKPOINTS, STAGES, Run, write_whole
 from abyssal.stages.steps import STEPS
+from abyssal.typed_toml import to_toml
 
 # the sections of the recipe that a stage reads, where they are not its own and rl_data
 READS: dict[str, tuple[str, ...]] = {
