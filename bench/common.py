@@ -148,16 +148,16 @@ def time_pairs(ours: Callable[[], object], theirs: Callable[[], object], *, n_pa
     return Paired(ours=a, theirs=b)
 
 
-def fastest(candidates: dict[str, Callable[[], object]], *, repeats: int = 2) -> str:
-    """The name of the quickest; each runs once to warm up. A candidate that raises is out, and says so."""
+def fastest(candidates: dict[str, Callable[[], object]], *, repeats: int = 2, who: str = "transformers") -> str:
+    """The name of the quickest of `who`'s settings; each runs once to warm up. A candidate that raises is out, and says so."""
     times = {}
     for name, work in candidates.items():
         try:
             work()
             times[name] = min(seconds(work) for _ in range(repeats))
         except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
-            print(f"  transformers {name}: not possible here ({str(error).splitlines()[0]})")
-    print("  transformers: " + ", ".join(f"{name} {1000 * t:.0f} ms" for name, t in times.items()))
+            print(f"  {who} {name}: not possible here ({str(error).splitlines()[0]})")
+    print(f"  {who}: " + ", ".join(f"{name} {1000 * t:.0f} ms" for name, t in times.items()))
     return min(times, key=times.__getitem__)
 
 

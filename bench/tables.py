@@ -181,6 +181,17 @@ def _speeds(what: str, row: dict[str, Any]) -> str:
     )
 
 
+def llama_cpp_table() -> list[str]:
+    """The last line of each precision and number of requests."""
+    rows = _latest("llama_cpp", "model", "precision", "batch")
+    if not rows:
+        return ["Not measured yet."]
+    titles = ("requests", "model", "precision", "threads", "Abyssal", "llama.cpp", "ratio", "range of pairs")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    named = [row | {"size": row["model"], "dtype": row["precision"]} for row in rows]
+    return lines + [_speeds(f"{row['batch']}, tokens/s", row) for row in named]
+
+
 def grpo_table() -> list[str]:
     """The last line of each size, precision and thread count."""
     path = RESULTS / "grpo.jsonl"
@@ -259,6 +270,7 @@ TABLES = {
     "budget": budget_table,
     "bench": bench_table,
     "engine": engine_table,
+    "llama_cpp": llama_cpp_table,
     "grpo": grpo_table,
     "load": load_table,
     "quantize": quantize_table,
