@@ -8,10 +8,10 @@ llama.cpp is built by hand, for the CPU at hand, from the source package of its 
         pip install --no-binary llama-cpp-python llama-cpp-python
 
 Both read the GGUF file that `abyssal export` writes of the model, in that precision. Theirs is their C interface: all
-prompts in one batch, then a step of one token for every sequence and the likeliest taken, in the fastest of its settings
-(flash attention on and off, its cache in F16 and F32), tried first. Ours is `Engine.generate`. The same prompts, greedy
-answers of fixed length, threads; new tokens per second with the prompts' time included, and the median ratio of pairs
-run in turn.
+prompts in one batch, then a step of one token for every sequence and the likeliest taken, in the fastest of its
+settings (flash attention on and off, its cache in F16 and F32), tried first. Ours is `Engine.generate`. The same
+prompts, greedy answers of fixed length, threads; new tokens per second with the prompts' time included, and the median
+ratio of pairs run in turn.
 """
 
 from __future__ import annotations

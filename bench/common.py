@@ -149,7 +149,7 @@ def time_pairs(ours: Callable[[], object], theirs: Callable[[], object], *, n_pa
 
 
 def fastest(candidates: dict[str, Callable[[], object]], *, repeats: int = 2, who: str = "transformers") -> str:
-    """The name of the quickest of `who`'s settings; each runs once to warm up. A candidate that raises is out, and says so."""
+    """The name of the quickest of `who`'s settings; each runs once to warm up. One that raises is out, and says so."""
     times = {}
     for name, work in candidates.items():
         try:
