@@ -135,7 +135,8 @@ def test_auto_is_settled_where_it_stands_and_an_explicit_type_stays():
     settled = with_precision(recipe, "float32")
     assert settled.run.dtype == settled.cold_start.sft.dtype == settled.reward_model.dtype == "float32"
     assert settled.pretrain.dtype == "bfloat16" and settled.distil.sft.dtype == "float32"
-    assert '"auto"' not in to_toml(settled).replace('device = "auto"', "")
+    # a device is settled anew on each machine, and [parallel] takes the sections' types
+    assert '"auto"' not in to_toml(settled).replace('device = "auto"', "").replace('precision = "auto"', "")
 
 
 def test_a_run_goes_on_in_the_type_it_began_in_wherever_it_is_taken_up():

@@ -14,6 +14,8 @@ from typing import Any
 from abyssal.evals.tasks import EvalConfig
 from abyssal.machine import Precision
 from abyssal.model.config import ModelConfig
+from abyssal.plan.layout import Layout
+from abyssal.plan.plan_config import PlanConfig
 from abyssal.stages.extend import ExtendConfig
 from abyssal.stages.on_policy import OnPolicyConfig
 from abyssal.stages.pretrain import PretrainConfig
@@ -81,6 +83,8 @@ class Recipe:
     on_policy: OnPolicyConfig = field(default_factory=lambda: OnPolicyConfig(steps=0))
     rl_data: RlDataConfig = field(default_factory=RlDataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    parallel: Layout = field(default_factory=Layout)  # over which devices, and what is kept in which type
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
         if self.student_pretrain.row_len % self.pretrain.row_len:

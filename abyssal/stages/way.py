@@ -8,12 +8,12 @@ A stage is done when its done.json is there. Everything before that line can be 
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rich.console import Console
 
 from abyssal.data.user_examples import read_conversations
 from abyssal.machine import compute_dtype, keep_freed_memory, resolve_device, set_threads
+from abyssal.plan.layout import Layout
 from abyssal.reward.verifiers import Verifiers
 from abyssal.stages.recipe import Recipe, read_recipe, with_precision
 from abyssal.stages.run import CHECKPOINTS, STAGES, Run, write_whole
@@ -51,6 +52,7 @@ LEFT_BEHIND = (
 
 def open_run(recipe: Recipe, console: Console) -> Run:
     """The run directory with its recipe; a recipe that differs where stages have already run is refused."""
+    check_runnable(recipe.parallel)
     set_threads(recipe.run.threads or None)
     keep_freed_memory()
     device = resolve_device(recipe.run.device)
@@ -59,10 +61,22 @@ def open_run(recipe: Recipe, console: Console) -> Run:
     recipe = settle_precision(recipe, begun, device, console)
     run = Run(recipe, recipe.directory, device, console)
     if begun is not None:
-        check_same(asdict(begun), asdict(recipe), run)
+        check_same(dataclasses.asdict(begun), dataclasses.asdict(recipe), run)
     run.directory.mkdir(parents=True, exist_ok=True)
     write_whole(saved, to_toml(recipe))
     return run
+
+
+def check_runnable(layout: Layout) -> None:
+    """[parallel] can be planned whole; what runs today is one device, with everything as the defaults say."""
+    if layout.n_devices == 1:
+        layout = dataclasses.replace(layout, dp=0)
+    for f in dataclasses.fields(layout):
+        if (value := getattr(layout, f.name)) != f.default:
+            raise ValueError(
+                f"parallel.{f.name}={value} is planned only so far: see what it takes with `abyssal plan`, or leave it "
+                f"out to run on one device"
+            )
 
 
 def settle_precision(recipe: Recipe, begun: Recipe | None, device: torch.device, console: Console) -> Recipe:
