@@ -75,8 +75,9 @@ def test_a_precision_that_is_missing_is_widened(h800: MachineSpec):
     assert narrow.computes_in("fp8") == "bfloat16"
     shape: dict[str, Any] = {"rows": 6144, "inner": 2816, "outer": 17920}
     assert narrow.gemm_seconds(precision="fp8", **shape) == h800.gemm_seconds(precision="bfloat16", **shape)
+    no_wide = replace(h800, gemm=tuple(point for point in h800.gemm if point.precision == "fp8"))
     with pytest.raises(ValueError, match="machine h800x2048 has no products in float32 or wider; add points"):
-        h800.computes_in("float32")
+        no_wide.computes_in("float32")
 
 
 def figures(**changes: Any) -> dict[str, Any]:
@@ -128,8 +129,20 @@ def test_devices_that_nothing_links_are_refused(field: str, tmp_path: Path):
         read_machine(path)
 
 
+def test_a_file_says_in_what_it_differs_from_its_base(tmp_path: Path, h800: MachineSpec):
+    (tmp_path / "below.toml").write_text(table_toml(figures()), encoding="utf-8")
+    (tmp_path / "above.toml").write_text('base = "below"\nn_devices = 16\n', encoding="utf-8")
+    assert read_machine(tmp_path / "above.toml") == replace(h800, name="above", n_devices=16)
+    (tmp_path / "below.toml").write_text('base = "above"', encoding="utf-8")
+    with pytest.raises(ValueError, match="below.toml: base='above' leads back to itself"):
+        read_machine(tmp_path / "above.toml")
+    (tmp_path / "below.toml").write_text('base = "../h800x2048"', encoding="utf-8")
+    with pytest.raises(ValueError, match="base='../h800x2048' must be the name of a machine in the same folder"):
+        read_machine(tmp_path / "below.toml")
+
+
 def test_an_unknown_name_lists_the_known_ones(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="machine h900 does not exist; there are .*h800x2048"):
+    with pytest.raises(FileNotFoundError, match="machine .*h900.toml does not exist; there are .*h800x2048"):
         read_machine("h900")
     (tmp_path / "x.toml").write_text("= 3", encoding="utf-8")
     with pytest.raises(ValueError, match="x.toml is not TOML"):

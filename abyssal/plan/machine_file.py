@@ -153,20 +153,14 @@ class MachineSpec:
         precision = self.computes_in(precision)
         key = (precision, *shape)
         if key not in self._known:
-            points = self._points[precision]
-            reached = _interpolated(_log(shape), [(_log(_shape(p)), self._reached(p)) for p in points])
-            fastest = max(point.flops_per_second for point in points)
-            ideal_seconds = self._ideal_seconds(precision, shape)
-            self._known[key] = max(ideal_seconds / reached, 2.0 * math.prod(shape) / fastest)
+            fastest = max(point.flops_per_second for point in self._points[precision])
+            seconds = self._ideal_seconds(precision, shape) / _interpolated(_log(shape), self._reached[precision])
+            self._known[key] = max(seconds, 2.0 * math.prod(shape) / fastest)
         return self._known[key]
 
     def memory_seconds(self, n_bytes: float) -> float:
         """Seconds of a pass that reads and writes so many bytes together."""
         return n_bytes / self.memory_bytes_per_second.value
-
-    def _reached(self, point: GemmPoint) -> float:
-        seconds = 2.0 * math.prod(_shape(point)) / point.flops_per_second
-        return self._ideal_seconds(point.precision, _shape(point)) / seconds
 
     def _ideal_seconds(self, precision: Precision, shape: tuple[int, int, int, int]) -> float:
         """The longer of computing at the peak and of moving both operands in and the product out."""
@@ -183,26 +177,30 @@ class MachineSpec:
         return points
 
     @cached_property
+    def _reached(self) -> dict[Precision, list[tuple[tuple[float, ...], float]]]:
+        """Where each point stands in log space, and its share of the ideal."""
+        reached: dict[Precision, list[tuple[tuple[float, ...], float]]] = {}
+        for point in self.gemm:
+            seconds = 2.0 * math.prod(_shape(point)) / point.flops_per_second
+            share = self._ideal_seconds(point.precision, _shape(point)) / seconds
+            reached.setdefault(point.precision, []).append((_log(_shape(point)), share))
+        return reached
+
+    @cached_property
     def _known(self) -> dict[tuple[Any, ...], float]:
         """Seconds of the shapes asked for so far: a search asks for the same ones thousands of times."""
         return {}
 
 
 def read_machine(name_or_path: str | Path) -> MachineSpec:
-    """`h800x2048` is machines/h800x2048.toml of this repository; anything with a suffix or a slash is a path."""
+    """`h800x2048` is machines/h800x2048.toml of this repository; anything with a suffix or a slash is a path.
+
+    A file with `base = "NAME"` says only in what it differs from that machine of the same folder.
+    """
     path = Path(name_or_path)
     if path.suffix != ".toml" and len(path.parts) == 1:
         path = MACHINES / f"{name_or_path}.toml"
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        known = ", ".join(sorted(file.stem for file in MACHINES.glob("*.toml")))
-        raise FileNotFoundError(
-            f"machine {name_or_path} does not exist; there are {known}, or give a path, or write one by "
-            "`abyssal plan --measure`"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
+    content = _content(path)
     try:
         tables = content.get("gemm", [])
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
@@ -224,6 +222,29 @@ def machine_toml(spec: MachineSpec) -> str:
         {"precision": precision, "source": source, "points": points} for (precision, source), points in tables.items()
     ]
     return table_toml(content)
+
+
+def _content(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What stands in the file, on top of what stands in the one that it names as `base`."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        known = ", ".join(sorted(file.stem for file in MACHINES.glob("*.toml")))
+        raise FileNotFoundError(
+            f"machine {path} does not exist; there are {known}, or give a path, or write one by "
+            "`abyssal plan --measure`"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    if not isinstance(base, str) or Path(base).name != base:
+        raise ValueError(f"{path}: base={base!r} must be the name of a machine in the same folder, without .toml")
+    below = path.with_name(f"{base}.toml")
+    if below in (path, *above):
+        raise ValueError(f"{path}: base={base!r} leads back to itself; name a machine with a file of its own")
+    return _content(below, (path, *above)) | content
 
 
 def _points_of(table: dict[str, Any]) -> list[dict[str, Any]]:
