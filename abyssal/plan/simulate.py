@@ -9,12 +9,13 @@ Numbers are added and compared only: with whole numbers or fractions the results
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from abyssal.plan.schedules import Schedule, ScheduleName, Slot, build_schedule
+from abyssal.plan.schedules import Schedule, ScheduleName, Slot, Work, WorkKind, build_schedule
 
 JobKind = Literal[
     "forward", "backward", "backward_input", "backward_weight", "send", "hidden_experts", "exposed_experts"
@@ -88,7 +89,6 @@ class Timeline:
     slot_seconds: tuple[tuple[tuple[float, float], ...], ...]  # (start, end) of schedule.orders[rank][slot]
     sends: tuple[TimedJob, ...]
     step_seconds: float
-    busy_seconds: tuple[float, ...]
     bubble_seconds: tuple[float, ...]
     waiting_seconds: tuple[float, ...]
     hidden_communication_seconds: tuple[float, ...]
@@ -175,111 +175,127 @@ def run_schedule(schedule: Schedule, *, times: StageSeconds | Sequence[StageSeco
     runnable = list(range(schedule.n_ranks))
     while runnable:
         run.advance(runnable.pop(), runnable)
-    stuck = [rank for rank, order in enumerate(schedule.orders) if len(run.slots[rank]) < len(order)]
-    if stuck:
-        rank = stuck[0]
-        raise ValueError(
-            f"rank {rank} waits for ever for the input of {schedule.orders[rank][len(run.slots[rank])]}: no such order "
-            f"can run; put what it needs before it"
-        )
+    for rank, order in enumerate(schedule.orders):
+        if len(run.spans[rank]) < len(order):
+            slot = order[len(run.spans[rank])]
+            raise ValueError(f"rank {rank} waits for ever for the input of {slot}; put what it needs before it")
     step = max(run.clocks)
+    experts = [_experts(order, per_stage) for order in schedule.orders]
     return Timeline(
         schedule=schedule,
         times=per_stage,
-        slot_seconds=tuple(tuple(spans) for spans in run.slots),
+        slot_seconds=tuple(tuple(spans) for spans in run.spans),
         sends=tuple(run.sends),
         step_seconds=step,
-        busy_seconds=tuple(run.busy),
-        bubble_seconds=tuple(step - busy for busy in run.busy),
-        waiting_seconds=tuple(run.waiting),
-        hidden_communication_seconds=tuple(run.hidden),
-        exposed_communication_seconds=tuple(run.exposed),
+        bubble_seconds=tuple(idle + step - clock for idle, clock in zip(run.idle, run.clocks, strict=True)),
+        waiting_seconds=tuple(run.waited),
+        hidden_communication_seconds=tuple(
+            hidden + received - waited
+            for (hidden, _), received, waited in zip(experts, run.received, run.waited, strict=True)
+        ),
+        exposed_communication_seconds=tuple(
+            exposed + waited for (_, exposed), waited in zip(experts, run.waited, strict=True)
+        ),
     )
 
 
+def _experts(order: Sequence[Slot], times: Sequence[StageSeconds]) -> tuple[float, float]:
+    """Hidden and exposed seconds of a rank's communication among experts."""
+    if not any(one.forward_experts_seconds or one.backward_experts_seconds for one in times):
+        return 0, 0
+    counts = Counter(tuple((work.kind, work.stage) for work in slot) for slot in order)
+    costs = [(n, slot_cost(tuple(Work(kind, 0, stage) for kind, stage in key), times)) for key, n in counts.items()]
+    return sum(n * cost.hidden_seconds for n, cost in costs), sum(n * cost.exposed_seconds for n, cost in costs)
+
+
 class _Run:
-    """How far each rank has come. Work is numbered: forwards, backwards (or input gradients), weight gradients, each by
-    micro-batch and stage; `came[number]` is when its input was there, None as long as it is not."""
+    """How far each rank has come. Work is numbered along the chain of its micro-batch: forward through S stages, back
+    through S stages, and behind the chain the weight gradients. `came[number]` is when its input was there, None as
+    long as it is not."""
 
     def __init__(self, schedule: Schedule, times: tuple[StageSeconds, ...]) -> None:
         self.schedule, self.times = schedule, times
-        self.n_stages = schedule.n_stages
-        self.n_each = schedule.n_micro_batches * schedule.n_stages
-        self.first = {"forward": 0, "backward": self.n_each, "backward_input": self.n_each}
-        self.first["backward_weight"] = 2 * self.n_each
-        self.came: list[float | None] = [None] * (3 * self.n_each)
-        self.came[0 : self.n_each : self.n_stages] = [0] * schedule.n_micro_batches
-        self.sent: list[float | None] = [None] * (3 * self.n_each)  # when the message that brought it left
+        n_stages, n_ranks = schedule.n_stages, schedule.n_ranks
+        back = range(2 * n_stages - 1, n_stages - 1, -1)
+        self.place: dict[WorkKind, Sequence[int]] = {
+            "forward": range(n_stages),
+            "backward": back,
+            "backward_input": back,
+            "backward_weight": range(2 * n_stages, 3 * n_stages),
+        }
+        self.came: list[float | None] = [None] * (3 * n_stages * schedule.n_micro_batches)
+        self.came[:: 3 * n_stages] = [0] * schedule.n_micro_batches
+        self.left: dict[int, float] = {}  # number -> when the message with its input began to move
         self.waiter: dict[int, int] = {}  # number -> the rank that cannot go on without its input
-        self.costs: dict[tuple[object, ...], SlotCost] = {}
-        ranks = range(schedule.n_ranks)
-        self.slots: list[list[tuple[float, float]]] = [[] for _ in ranks]
+        self.alone = {
+            kind: [slot_cost((Work(kind, 0, stage),), times).seconds for stage in range(n_stages)]
+            for kind in self.place
+        }
+        self.together: dict[tuple[int, int], float] = {}  # stages of forward and backward -> seconds of the pair
+        self.any_send = any(one.send_seconds for one in times)
         self.sends: list[TimedJob] = []
-        self.clocks: list[float] = [0 for _ in ranks]
-        self.lanes: list[float] = [0 for _ in ranks]  # when a rank's communication lane is free
-        self.busy: list[float] = [0 for _ in ranks]
-        self.waiting: list[float] = [0 for _ in ranks]
-        self.hidden: list[float] = [0 for _ in ranks]
-        self.exposed: list[float] = [0 for _ in ranks]
+        self.spans: list[list[tuple[float, float]]] = [[] for _ in range(n_ranks)]
+        self.clocks: list[float] = [0] * n_ranks
+        self.lanes: list[float] = [0] * n_ranks  # when a rank's communication lane is free
+        self.idle: list[float] = [0] * n_ranks
+        self.waited: list[float] = [0] * n_ranks
+        self.received: list[float] = [0] * n_ranks
 
     def advance(self, rank: int, runnable: list[int]) -> None:
         """Run a rank's slots until one lacks its input; whoever waited for what comes out is runnable again."""
-        order, done = self.schedule.orders[rank], self.slots[rank]
-        for k in range(len(done), len(order)):
-            slot = order[k]
-            clock = start = self.clocks[rank]
-            message: float | None = None
+        order, spans, came, waiter, place = (
+            self.schedule.orders[rank], self.spans[rank], self.came, self.waiter, self.place
+        )  # fmt: skip
+        last = 2 * self.schedule.n_stages - 1
+        stride = 3 * self.schedule.n_stages
+        for k in range(len(spans), len(order)):
+            slot, clock = order[k], self.clocks[rank]
+            start, critical = clock, -1
             for kind, m, stage in slot:
-                number = self.first[kind] + m * self.n_stages + stage
-                came = self.came[number]
-                if came is None:
-                    self.waiter[number] = rank
+                number = m * stride + place[kind][stage]
+                at = came[number]
+                if at is None:
+                    waiter[number] = rank
                     return
-                if came > start:
-                    start, message = came, self.sent[number]
-            if message is not None:
-                late = start - max(clock, message)
-                self.waiting[rank] += late
-                self.exposed[rank] += late
-                self.hidden[rank] -= late
-            key = tuple(part for kind, _, stage in slot for part in (kind, stage))
-            cost = self.costs.get(key)
-            if cost is None:
-                cost = self.costs[key] = slot_cost(slot, self.times)
-            end = start + cost.seconds
-            self.busy[rank] += cost.seconds
-            self.hidden[rank] += cost.hidden_seconds
-            self.exposed[rank] += cost.exposed_seconds
+                if at > start:
+                    start, critical = at, number
+            if start > clock:
+                self.idle[rank] += start - clock
+                if critical in self.left:
+                    self.waited[rank] += start - max(clock, self.left[critical])
+            end = start + self._seconds(slot)
             self.clocks[rank] = end
-            done.append((start, end))
+            spans.append((start, end))
             for kind, m, stage in slot:
-                if kind != "backward_weight":
-                    self._hand_on(kind, m, stage, rank, end, runnable)
+                at_place = place[kind][stage]
+                number = m * stride + at_place
+                if kind == "backward_input":
+                    came[m * stride + place["backward_weight"][stage]] = end
+                if at_place < last:
+                    came[number + 1] = self._sent(rank, kind, m, stage, end) if self.any_send else end
+                    if number + 1 in waiter:
+                        runnable.append(waiter.pop(number + 1))
 
-    def _hand_on(self, kind: str, m: int, stage: int, rank: int, end: float, runnable: list[int]) -> None:
-        """What came out goes to the next stage, back to the one before, or turns around at the last."""
-        number = m * self.n_stages + stage
-        if kind == "backward_input":
-            self._arrive(2 * self.n_each + number, end, runnable)
-        if kind == "forward" and stage == self.n_stages - 1:
-            self._arrive(self.n_each + number, end, runnable)
-            return
-        if kind != "forward" and stage == 0:
-            return
-        to_stage = stage + 1 if kind == "forward" else stage - 1
-        target = (0 if kind == "forward" else self.n_each) + m * self.n_stages + to_stage
+    def _seconds(self, slot: Slot) -> float:
+        kind, _, stage = slot[0]
+        if len(slot) == 1:
+            return self.alone[kind][stage]
+        pair = (stage, slot[1].stage)
+        if pair not in self.together:
+            self.together[pair] = slot_cost(slot, self.times).seconds
+        return self.together[pair]
+
+    def _sent(self, rank: int, kind: WorkKind, m: int, stage: int, end: float) -> float:
+        """When what came out is where it is needed next: at once where that is the same rank."""
+        n_stages = self.schedule.n_stages
+        to_stage = min(stage + 1, n_stages - 1) if kind == "forward" else stage - 1
+        to_rank = self.schedule.rank_of(m, to_stage)
         seconds = self.times[stage].send_seconds
-        direction = self.schedule.stage_ranks[m * len(self.schedule.stage_ranks) // self.schedule.n_micro_batches]
-        if seconds and direction[to_stage] != rank:
-            start = max(end, self.lanes[rank])
-            self.lanes[rank] = end = start + seconds
-            self.sent[target] = start
-            self.sends.append(TimedJob(rank, "communication", "send", m, stage, start, end))
-            self.hidden[direction[to_stage]] += seconds
-        self._arrive(target, end, runnable)
-
-    def _arrive(self, number: int, came: float, runnable: list[int]) -> None:
-        self.came[number] = came
-        rank = self.waiter.pop(number, None)
-        if rank is not None:
-            runnable.append(rank)
+        if to_rank == rank or not seconds:
+            return end
+        start = max(end, self.lanes[rank])
+        self.lanes[rank] = start + seconds
+        self.left[3 * n_stages * m + self.place[kind][stage] + 1] = start
+        self.received[to_rank] += seconds
+        self.sends.append(TimedJob(rank, "communication", "send", m, stage, start, start + seconds))
+        return start + seconds
