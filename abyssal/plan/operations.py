@@ -135,16 +135,16 @@ def _mla(config: ModelConfig, of: OperationWriter, *, mode: Mode, cache_bytes_pe
     n, wide = of.batch.n_tokens, of.wide
     operations = of.quantise("attention_input", "attention", d)
     if config.q_lora_rank is None:
-        operations.append(of.product("q_proj", "attention", d, heads * config.qk_head_dim, saved="input"))
+        width = heads * config.qk_head_dim + latent + rope
+        operations.append(of.product("q_kv_a_proj", "attention", d, width, saved="input"))
     else:
         rank = config.q_lora_rank
         operations += [
-            of.product("q_a_proj", "attention", d, rank, saved="input"),
+            of.product("q_a_kv_a_proj", "attention", d, rank + latent + rope, saved="input"),
             of.norm("q_a_norm", "attention", rank, sharded=False),
             *of.quantise("q_latent", "attention", rank),
             of.product("q_b_proj", "attention", rank, heads * config.qk_head_dim, saved="input"),
         ]
-    operations.append(of.product("kv_a_proj", "attention", d, latent + rope))
     if config.latent_norm:
         operations.append(of.norm("kv_a_norm", "attention", latent, sharded=False))
     if mode == "decode":
