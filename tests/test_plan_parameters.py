@@ -13,7 +13,9 @@ from abyssal.model.transformer import Transformer, count_mtp_parameters, count_p
 from abyssal.plan.parameters import cache_bytes_per_token, count, count_active, count_mtp, on_rank, weights
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", [name for name in PRESETS if name not in ("r1", "r1_distill_qwen_14b")]
+)  # twins in shape
 def test_names_and_sizes_are_those_of_the_model(name: str):
     config = PRESETS[name]()
     with torch.device("meta"):

@@ -98,10 +98,7 @@ def product_seconds(operation: Operation, *, machine: MachineSpec, form: WeightF
     of_a_row = BYTES[precision] * operation.inner + OUTPUT_BYTES[precision] * operation.outer
     rest = operation.groups * operation.rows * of_a_row
     computing = operation.flops / machine.peak_flops_per_second[precision]
-    reading, wide = (
-        machine.memory_seconds(n_weights * each + rest)
-        for each in (as_they_lie, BYTES[precision])
-    )
+    reading, wide = (machine.memory_seconds(n_weights * each + rest) for each in (as_they_lie, BYTES[precision]))
     return full_seconds * max(computing, reading) / max(computing, wide), reading > computing
 
 

@@ -167,9 +167,7 @@ def _step(
     elsewhere_bytes = (1 - share) * read * form.bytes_per_weight
     if place == "cpu":
         computed = 2.0 * (1 - share) * n_moe * tokens * config.num_experts_per_tok * expert
-        host_seconds = max(
-            elsewhere_bytes / host.memory_bytes_per_second.value, computed / host.flops_per_second.value
-        )
+        host_seconds = max(elsewhere_bytes / host.memory_bytes_per_second.value, computed / host.flops_per_second.value)
         hidden = beside + share * here.total_seconds  # what the device does in the meantime
         travels = 2 * tokens * config.hidden_size * 2.0 * n_moe  # there and back, in BF16
         return OffloadStep(

@@ -21,7 +21,7 @@ UnitKind = Literal["embedding", "dense", "moe", "head", "mtp"]
 
 @dataclass(frozen=True, kw_only=True)
 class UnitCost:
-    """On one rank. A schedule may hide the communication of `*_experts_seconds`, nothing that of `*_exposed_seconds`."""
+    """On one rank. A schedule may hide communication of `*_experts_seconds`, nothing that of `*_exposed_seconds`."""
 
     forward: WorkSeconds
     backward_input: WorkSeconds  # with what is computed again

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from abyssal.plan.layout import Layout
+from abyssal.plan.stage_split import split
+
+COSTS = st.lists(st.integers(min_value=0, max_value=9), min_size=4, max_size=10)
+
+
+def loads(costs, stages, layout: Layout) -> list[float]:
+    """What the ranks of V shapes carry, or each stage by itself."""
+    each = [sum(costs[i] for i in stage) for stage in stages]
+    if layout.schedule in ("dualpipe", "dualpipev"):
+        return [each[i] + each[-1 - i] for i in range(len(each) // 2)]
+    return each
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(pp=4, schedule="1f1b"),
+        Layout(pp=2, chunks=2, schedule="interleaved"),
+        Layout(pp=4, schedule="dualpipe"),
+        Layout(pp=2, schedule="dualpipev"),
+    ],
+    ids=lambda layout: layout.schedule,
+)
+@settings(max_examples=40)
+@given(COSTS)
+def test_no_other_cut_is_lighter(layout: Layout, costs: list[int]):
+    stages = split(costs, layout)
+    assert [i for stage in stages for i in stage] == list(range(len(costs)))
+    assert all(len(stage) for stage in stages) and len(stages) == 4
+    best = min(
+        max(loads(costs, [range(a, b) for a, b in zip((0, *cuts), (*cuts, len(costs)), strict=True)], layout))
+        for cuts in combinations(range(1, len(costs)), 3)
+    )
+    assert max(loads(costs, stages, layout)) == pytest.approx(best, abs=1e-6)
+
+
+def test_more_stages_than_units_are_refused():
+    with pytest.raises(ValueError, match="4 stages are more than embedding, layers and head together"):
+        split([1.0, 1.0, 1.0], Layout(pp=4, schedule="1f1b"))
