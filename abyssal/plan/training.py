@@ -138,10 +138,10 @@ def plan_training(
     gradients = max(_gradient_seconds(h, layout, machine) for h in held)
     if layout.overlap_gradient_communication:
         gradients = max(0.0, gradients - last_backward)
-    busiest = max(range(layout.pp), key=lambda rank: timeline.busy_seconds[rank])
+    busiest = min(range(layout.pp), key=lambda rank: timeline.bubble_seconds[rank])
     exposed = _exposed_seconds(timeline, stage_costs, layout, busiest, n_micro_batches)
     step = StepSeconds(
-        compute_seconds=timeline.busy_seconds[busiest] - exposed,
+        compute_seconds=timeline.step_seconds - timeline.bubble_seconds[busiest] - exposed,
         exposed_communication_seconds=exposed,
         bubble_seconds=timeline.bubble_seconds[busiest],
         gradient_communication_seconds=gradients,
