@@ -10,6 +10,7 @@ from itertools import accumulate
 
 from abyssal.plan.layout import Layout
 
+ALIKE = 0.02  # a rank fuller by this share is as good where it makes stages more even
 ROUNDS = 30  # of halving the interval that the best fullest rank lies in
 
 
@@ -22,20 +23,27 @@ def split(costs: Sequence[float], layout: Layout) -> list[range]:
             f"use less pp or chunks"
         )
     sums = [0.0, *accumulate(costs)]
-    from_both_ends = layout.schedule in ("dualpipe", "dualpipev", "zbv")
-    attempt: Callable[[float], list[int] | None]
-    if from_both_ends:
-        attempt = lambda most: _from_both_ends(sums, layout.n_stages // 2, most)  # noqa: E731
+    n = layout.n_stages
+    low, high = sums[-1] / n, 2 * sums[-1]
+    if layout.schedule not in ("dualpipe", "dualpipev", "zbv"):
+        cuts = _lightest(lambda most: _one_way(sums, n, most), low, high)[0]
     else:
-        attempt = lambda most: _one_way(sums, layout.n_stages, most)  # noqa: E731
-    low, high = sums[-1] / layout.n_stages, 2 * sums[-1]
+        _, fullest = _lightest(lambda most: _from_both_ends(sums, n // 2, most, most), 2 * low, high)
+        # of the cuts that are about as good, the one with the lightest single stage: the two of a rank run as pairs
+        enough = fullest * (1 + ALIKE)
+        cuts, _ = _lightest(lambda most: _from_both_ends(sums, n // 2, enough, most), low, enough)
+    return [range(start, end) for start, end in zip([0, *cuts], [*cuts, len(costs)], strict=True)]
+
+
+def _lightest(attempt: Callable[[float], list[int] | None], low: float, high: float) -> tuple[list[int], float]:
+    """The cuts that the least bound gives for which there are any, and that bound."""
     best = attempt(high)
     assert best is not None, "everything fits under the whole"
     for _ in range(ROUNDS):
         middle = (low + high) / 2
         found = attempt(middle)
         low, high, best = (low, middle, found) if found is not None else (middle, high, best)
-    return [range(start, end) for start, end in zip([0, *best], [*best, len(costs)], strict=True)]
+    return best, high
 
 
 def _one_way(sums: Sequence[float], n_stages: int, most: float) -> list[int] | None:
@@ -52,20 +60,22 @@ def _one_way(sums: Sequence[float], n_stages: int, most: float) -> list[int] | N
     return cuts[:-1] if start == n else None
 
 
-def _from_both_ends(sums: Sequence[float], n_pairs: int, most: float) -> list[int] | None:
-    """The same where stages `r` and `-1 - r` together are at most `most`, found from the outside in."""
+def _from_both_ends(sums: Sequence[float], n_pairs: int, most: float, most_alone: float) -> list[int] | None:
+    """The same where stages `r` and `-1 - r` are at most `most` together and `most_alone` by themselves. From the
+    outside in: whatever the front takes, it is best that the back takes as much as it may."""
     failed: set[tuple[int, int, int]] = set()
 
     def search(left: int, start: int, end: int) -> list[int] | None:
         """Cuts for `left` pairs within units start..end."""
         if left == 1:
-            whole = sums[end] - sums[start] <= most and end - start >= 2
-            return [(start + end) // 2] if whole else None
+            return _halved(sums, start, end, most_alone) if sums[end] - sums[start] <= most else None
         if (left, start, end) in failed:
             return None
         others = 2 * (left - 1)
         for front in range(start + 1, end - others):
-            room = most - (sums[front] - sums[start])
+            if sums[front] - sums[start] > most_alone:
+                break
+            room = min(most_alone, most - (sums[front] - sums[start]))
             back = end
             while back - 1 >= front + others and sums[end] - sums[back - 1] <= room:
                 back -= 1
@@ -78,3 +88,10 @@ def _from_both_ends(sums: Sequence[float], n_pairs: int, most: float) -> list[in
         return None
 
     return search(n_pairs, 0, len(sums) - 1)
+
+
+def _halved(sums: Sequence[float], start: int, end: int, most_alone: float) -> list[int] | None:
+    for middle in range(start + 1, end):
+        if max(sums[middle] - sums[start], sums[end] - sums[middle]) <= most_alone:
+            return [middle]
+    return None
