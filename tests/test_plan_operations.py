@@ -65,7 +65,7 @@ def test_backward_is_two_products_of_the_same_size():
     (into_input,) = input_gradient(operation)
     into_weight, added = weight_gradient(operation, accumulated=True)
     assert (into_input.rows, into_input.inner, into_input.outer) == (64, 5120, 128 * 128)
-    assert (into_weight.rows, into_weight.inner, into_weight.outer) == (5120, 64, 128 * 128)
+    assert (into_weight.rows, into_weight.inner, into_weight.outer) == (128 * 128, 64, 5120)
     assert added.moved_bytes == 8 * 5120 * 128 * 128  # an FP32 sum is read and written
     assert weight_gradient(operation, accumulated=False) == [into_weight]
     norm = layer_operations(v2(), 5, n_rows=1, new_tokens=64, precision="bfloat16")[0]

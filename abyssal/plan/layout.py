@@ -33,6 +33,7 @@ class Layout:
     micro_rows: int = 0  # rows of a micro-batch; 0: all of a dp rank's rows at once
     recompute: Recompute = "none"  # selective: norms, MLA up-projections, SwiGLU outputs (DeepSeek-V3 section 3.2.3)
     experts_nodes: int = 0  # nodes that a token's experts may be on; 0: topk_group nodes where groups are nodes
+    expert_imbalance: float = 0.0  # how much more than the mean the fullest expert rank gets, for which all others wait
     precision: Literal["auto", "fp8", "bfloat16", "float32"] = "auto"  # of products; auto: BF16 where it is fast
     weights: Precision = "float32"  # what products read; as `master`, it is the same copy
     master: Precision = "float32"
@@ -49,6 +50,8 @@ class Layout:
         for name in ("dp", "micro_rows", "experts_nodes"):
             if (size := getattr(self, name)) < 0:
                 raise ValueError(f"parallel.{name}={size} is less than none; use 0 to have it worked out")
+        if self.expert_imbalance < 0:
+            raise ValueError(f"parallel.expert_imbalance={self.expert_imbalance} is negative; 0 is perfect balance")
         if not 0 <= self.zero <= 3:
             raise ValueError(f"parallel.zero={self.zero} is unknown; use 0, 1, 2 or 3")
         if (self.pp > 1) != (self.schedule != "none"):

@@ -57,25 +57,22 @@ def held_weights(tensors: Iterable[Weight], layout: Layout, groups: tuple[Group,
     return HeldWeights(whole=whole, routed=routed, idle=idle, group=groups[0], routed_group=groups[1])
 
 
-def stage_activations_in_flight(layout: Layout, rank: int, n_micro_batches: int) -> int:
-    """Activations of one stage and one micro-batch that a rank keeps at most, all its stages together.
+def in_flight(layout: Layout, stage: int, n_micro_batches: int) -> int:
+    """Micro-batches whose activations a rank keeps at most of this stage at once.
 
-    1F1B and ZB1P: those of the micro-batches between its first forward and backward. (DeepSeek-V3 table 2) Interleaved:
-    Narayanan et al. 2021, section 2.2. ZBV: Qi et al. 2023, section 6. DualPipe and DualPipeV: stages + 1. (table 2)
+    1F1B and ZB1P: those between a stage's first forward and first backward. DualPipe and DualPipeV: the same, which for
+    the two stages of a rank comes to stages + 1 (DeepSeek-V3, table 2). ZBV: one less (Qi et al. 2023, section 6).
+    Interleaved: a rank's first chunk waits longest (Narayanan et al. 2021, section 2.2).
     """
     pp, n = layout.pp, n_micro_batches
-    stages = layout.stages_per_rank
-    most = {
-        "none": 1,
-        "1f1b": pp - rank,
-        "zb1p": pp - rank,
-        "interleaved": 2 * (pp - rank - 1) + (layout.chunks - 1) * pp + 1,
-        "zbv": 2 * pp,
-        "dualpipe": pp + 1,
-        "dualpipev": 2 * pp + 1,
-    }[layout.schedule]
-    # a rank of DualPipe computes every micro-batch once, on one of its two stages
-    return min(most, n * (1 if layout.schedule == "dualpipe" else stages))
+    if layout.schedule == "dualpipe":
+        return min(pp - stage, n // 2)  # the other half of the micro-batches goes through the stage's other copy
+    if layout.schedule == "interleaved":
+        chunk, rank = divmod(stage, pp)
+        waits = pp - rank if chunk == layout.chunks - 1 else pp
+        return min(waits + (pp - rank - 1 if chunk == 0 else 0), n)
+    most = layout.n_stages - stage - (1 if layout.schedule == "zbv" and stage < pp else 0)
+    return min(most, n)
 
 
 def rank_memory(
@@ -95,14 +92,16 @@ def rank_memory(
     weights = share + held.idle if layout.zero >= 3 else held.total
     gradients = share if layout.zero >= 2 else trained
     optimizer = share if layout.zero >= 1 else trained
-    in_flight = stage_activations_in_flight(layout, rank, n_micro_batches)
+    activations = [
+        in_flight(layout, s, n_micro_batches) * kept
+        for s, kept in zip(layout.stages_of(rank), saved_bytes, strict=True)
+    ]
     return RankMemory(
         rank=rank,
         weights_bytes=NUMBER_BYTES[layout.weights] * weights,
         master_bytes=0.0 if layout.master == layout.weights else NUMBER_BYTES[layout.master] * optimizer,
         moments_bytes=moments_per_number * NUMBER_BYTES[layout.moments] * optimizer,
         gradients_bytes=NUMBER_BYTES[layout.gradients] * gradients,
-        # the fuller of its stages is the one that may be in flight most
-        activations_bytes=in_flight * sum(saved_bytes) / len(saved_bytes),
+        activations_bytes=sum(activations),
         temporary_bytes=temporary_bytes,
     )

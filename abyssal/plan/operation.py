@@ -41,6 +41,7 @@ class Operation:
     saved_bytes: float = 0.0
     selective_saved_bytes: float = 0.0
     recomputed: bool = False
+    routed: bool = False  # on the rows that reach a rank's experts, which may be more than the mean
     calls: int = 1  # operations that this stands for, each with the machine's cost of one more
     backward_calls: int = 1
 
@@ -91,11 +92,11 @@ def input_gradient(operation: Operation) -> list[Operation]:
 
 def weight_gradient(operation: Operation, *, accumulated: bool, gradient_bytes: float = 4.0) -> list[Operation]:
     """What backward does for the weights' own gradient: a product over the rows, and, where it is added to that of
-    earlier micro-batches, reading and writing the sum."""
+    earlier micro-batches, reading and writing the sum. FP8's own kernels add while they multiply, and were timed so."""
     if not operation.weights:
         return []
-    product = replace(operation, rows=operation.outer, inner=operation.rows, outer=operation.inner)
-    if not accumulated:
+    product = replace(operation, rows=operation.inner, inner=operation.rows, outer=operation.outer)
+    if not accumulated or operation.precision == "fp8":
         return [product]
     return [product, _pass(operation, "gradient_sum", 2 * gradient_bytes * operation.weights)]
 
@@ -171,15 +172,16 @@ class OperationWriter:
         groups: int = 1,
         tokens: int | None = None,
         more_rows: int = 0,
-        saved: Literal["none", "input", "attention"] = "none",
+        saved: Literal["none", "hidden", "input", "attention"] = "none",
     ) -> Operation:
         """A linear layer. `saved`: "input": it keeps its input, which selective recomputation makes again from what
-        a norm or a SwiGLU keeps; "attention": its input is attention's result, kept there; "none": it shares one."""
+        a norm or a SwiGLU keeps; "hidden": the same of hidden states, of which a tp rank keeps its share; "attention":
+        its input is attention's result, kept there; "none": it shares one."""
         rows = (self.batch.n_tokens if tokens is None else tokens) + more_rows
         each = NUMBER_BYTES[self.precision]
         # backward of attention needs its result as well: in BF16 the two are one, and so are V3's 12 bits of it
-        own = saved == "input" or (saved == "attention" and self.precision == "fp8")
-        kept = each * rows * inner if own else 0.0
+        own = saved in ("hidden", "input") or (saved == "attention" and self.precision == "fp8")
+        kept = each * rows * inner / (self.batch.tp if saved == "hidden" else 1) if own else 0.0
         weights = groups * inner * outer
         moved = each * (groups * rows * inner + weights) + self.wide * groups * rows * outer
         # the gradient of the result is quantised twice, for the products with weights and with inputs

@@ -84,7 +84,7 @@ def head_operations(
     vocabulary = _share(config.vocab_size, tp)
     operations = [
         of.norm("final_norm", "head", config.hidden_size),
-        of.product("lm_head", "head", config.hidden_size, vocabulary, saved="input"),
+        of.product("lm_head", "head", config.hidden_size, vocabulary, saved="hidden"),
     ]
     if mode == "train":
         numbers = batch.n_tokens * vocabulary
@@ -120,7 +120,7 @@ def mtp_operations(
         of.norm("enorm", "mtp", d),
         of.norm("hnorm", "mtp", d),
         *of.quantise("eh_proj", "mtp", 2 * d),
-        of.product("eh_proj", "mtp", 2 * d, d, saved="input"),
+        of.product("eh_proj", "mtp", 2 * d, d, saved="hidden"),
         *block,
         *head,
     ]
@@ -136,11 +136,11 @@ def _mla(config: ModelConfig, of: OperationWriter, *, mode: Mode, cache_bytes_pe
     operations = of.quantise("attention_input", "attention", d)
     if config.q_lora_rank is None:
         width = heads * config.qk_head_dim + latent + rope
-        operations.append(of.product("q_kv_a_proj", "attention", d, width, saved="input"))
+        operations.append(of.product("q_kv_a_proj", "attention", d, width, saved="hidden"))
     else:
         rank = config.q_lora_rank
         operations += [
-            of.product("q_a_kv_a_proj", "attention", d, rank + latent + rope, saved="input"),
+            of.product("q_a_kv_a_proj", "attention", d, rank + latent + rope, saved="hidden"),
             of.norm("q_a_norm", "attention", rank, sharded=False),
             *of.quantise("q_latent", "attention", rank),
             of.product("q_b_proj", "attention", rank, heads * config.qk_head_dim, saved="input"),
@@ -182,7 +182,7 @@ def _gqa(config: ModelConfig, of: OperationWriter, *, mode: Mode, cache_bytes_pe
     rotated = 2 * of.wide * n * (heads + kv_heads) * width
     operations = [
         *of.quantise("attention_input", "attention", d),
-        of.product("qkv_proj", "attention", d, (heads + 2 * kv_heads) * width, saved="input"),
+        of.product("qkv_proj", "attention", d, (heads + 2 * kv_heads) * width, saved="hidden"),
     ]
     if config.qk_norm:
         operations.append(of.memory("qk_norm", "attention", rotated, backward_bytes=1.5 * rotated, saved=rotated / 2))
@@ -208,7 +208,7 @@ def _ffn(of: OperationWriter, name: str, d: int, width: int, *, quantised: bool 
     n = of.batch.n_tokens
     return [
         *([] if quantised else of.quantise(f"{name}_input", "feed_forward", d)),
-        of.product(f"{name}_gate_up", "feed_forward", d, 2 * width, saved="none" if quantised else "input"),
+        of.product(f"{name}_gate_up", "feed_forward", d, 2 * width, saved="none" if quantised else "hidden"),
         of.swiglu(f"{name}_swiglu", "feed_forward", n * width),
         *of.quantise(f"{name}_inner", "feed_forward", width),
         of.product(f"{name}_down", "feed_forward", width, d, saved="input"),
@@ -220,7 +220,7 @@ def _moe(config: ModelConfig, of: OperationWriter) -> list[Operation]:
         config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok, config.n_routed_experts,
     )  # fmt: skip
     own = of.batch.own_tokens  # expert ranks are found among tp too, so each rank dispatches its own tokens
-    in_bf16 = OperationWriter(not_fp8(of.precision), of.batch)
+    in_fp32 = OperationWriter("float32", of.batch)
     assigned = own * k  # rows that this rank's experts get: as many as its tokens send out
     held = max(1, n_experts // of.batch.ep)
     # at few tokens most experts have none, and those are neither read nor computed
@@ -228,12 +228,16 @@ def _moe(config: ModelConfig, of: OperationWriter) -> list[Operation]:
     rows = max(1, round(assigned / busy))
     each = NUMBER_BYTES[of.precision]
     operations = [
-        in_bf16.product("router", "router", d, n_experts, tokens=own),
-        in_bf16.memory("top_k", "router", 3 * 4 * own * n_experts, backward_bytes=2 * 4 * own * n_experts,
+        # in FP32, as V2's and V3's released code has it (modeling_deepseek.py, MoEGate)
+        of.memory("router_cast", "router", (of.wide + 4) * own * d, backward_bytes=(of.wide + 4) * own * d),
+        in_fp32.product("router", "router", d, n_experts, tokens=own),
+        in_fp32.memory("top_k", "router", 3 * 4 * own * n_experts, backward_bytes=2 * 4 * own * n_experts,
                        saved=4 * own * n_experts, selective=4 * own * n_experts),
         *of.quantise("moe_input", "experts", d, tokens=own, kept=True),
-        of.memory("permute", "experts", 2 * each * assigned * d,
-                  backward_bytes=2 * (of.wide + (each if of.precision == "fp8" else 0)) * assigned * d,
+    ]  # fmt: skip
+    turned = each if of.precision == "fp8" else 0  # its tiles, for the weights' gradients
+    routed = [
+        of.memory("permute", "experts", 2 * each * assigned * d, backward_bytes=2 * (of.wide + turned) * assigned * d,
                   saved=each * assigned * d, selective=each * assigned * d),
         of.grouped("experts_gate_up", d, 2 * width, groups=busy, rows=rows, held=held),
         of.swiglu("experts_swiglu", "experts", assigned * width),
@@ -241,6 +245,7 @@ def _moe(config: ModelConfig, of: OperationWriter) -> list[Operation]:
         of.grouped("experts_down", width, d, groups=busy, rows=rows, held=held, saved=True),
         of.memory("unpermute", "experts", 2 * of.wide * assigned * d, backward_bytes=2 * of.wide * assigned * d),
     ]  # fmt: skip
+    operations += [replace(operation, routed=True) for operation in routed]
     if config.n_shared_experts:
         operations += _ffn(of, "shared", d, config.n_shared_experts * width, quantised=True)
     return [*operations, of.add("experts_residual", "experts", d, n_terms=3 if config.n_shared_experts else 2)]

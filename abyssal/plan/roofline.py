@@ -33,6 +33,9 @@ class WorkSeconds(NamedTuple):
     def plus(self, other: WorkSeconds) -> WorkSeconds:
         return WorkSeconds(*(a + b for a, b in zip(self, other, strict=True)))
 
+    def times(self, factor: float) -> WorkSeconds:
+        return WorkSeconds(*(factor * part for part in self))
+
 
 def work_of(operation: Operation, machine: MachineSpec, *, direction: Direction = "forward") -> WorkSeconds:
     calls = operation.calls * machine.seconds_per_operation.value
@@ -52,10 +55,18 @@ def work_of(operation: Operation, machine: MachineSpec, *, direction: Direction 
     return WorkSeconds(product, 0.0, calls)
 
 
-def work(operations: Iterable[Operation], machine: MachineSpec, *, direction: Direction = "forward") -> WorkSeconds:
+def work(
+    operations: Iterable[Operation],
+    machine: MachineSpec,
+    *,
+    direction: Direction = "forward",
+    routed_share: float = 1.0,
+) -> WorkSeconds:
+    """One after the other; experts get `routed_share` times the mean number of rows."""
     total = WorkSeconds()
     for operation in operations:
-        total = total.plus(work_of(operation, machine, direction=direction))
+        alone = work_of(operation, machine, direction=direction)
+        total = total.plus(alone.times(routed_share) if operation.routed else alone)
     return total
 
 

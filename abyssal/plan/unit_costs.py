@@ -6,6 +6,7 @@ Owns the passage from operations to forward, input gradient and weight gradient 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
 from abyssal.model.config import ModelConfig
@@ -126,13 +127,14 @@ def unit_cost(
         exposed = [tensor_traffic(config, layout, n_tokens=tokens, precision=precision, sharded_ffn=sharded)]
     ring = _ring_seconds(config, layout, machine, operations, n_tokens=tokens, precision=precision) if is_layer else 0.0
     tensor_seconds = sum(traffic.seconds(machine) for traffic in exposed)
-    expert_seconds = sum(traffic.seconds(machine) for traffic in experts)
+    fullest = 1 + layout.expert_imbalance
+    expert_seconds = fullest * sum(traffic.seconds(machine) for traffic in experts)
     twice = 1.0 if layout.recompute == "full" else 0.0
-    forward = work(operations, machine)
+    timed = partial(work, machine=machine, routed_share=fullest)
     return UnitCost(
-        forward=forward,
-        backward_input=work(into_inputs, machine, direction="backward").plus(work(again, machine)),
-        backward_weight=work(into_weights, machine),
+        forward=timed(operations),
+        backward_input=timed(into_inputs, direction="backward").plus(timed(again)),
+        backward_weight=timed(into_weights),
         beside_experts=work((o for o in operations if o.name.startswith("shared_")), machine),
         forward_experts_seconds=expert_seconds,
         backward_experts_seconds=expert_seconds * (1 + twice),
@@ -185,6 +187,8 @@ def _saved_bytes(
 ) -> float:
     if layout.recompute == "full" and is_layer:
         return NUMBER_BYTES[not_fp8(precision)] * n_tokens / layout.tp * config.hidden_size
-    if layout.recompute == "selective":
-        return sum(o.selective_saved_bytes for o in operations)
-    return sum(o.saved_bytes for o in operations)
+    kept = [o.selective_saved_bytes if layout.recompute == "selective" else o.saved_bytes for o in operations]
+    return sum(
+        n_bytes * (1 + layout.expert_imbalance * operation.routed)
+        for n_bytes, operation in zip(kept, operations, strict=True)
+    )
