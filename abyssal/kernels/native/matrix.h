@@ -16,10 +16,12 @@
 
 namespace abyssal {
 
-constexpr int PANEL = 16;             // outputs side by side in memory
+constexpr int PANEL = 16;              // outputs side by side in memory
 constexpr int PARTS = PANEL / FLOATS;  // vectors of a panel
-constexpr int AHEAD = 24;             // steps of k between asking for a panel's numbers and using them
-constexpr int MOST_ROWS = 6;          // rows of one tile: what the registers of AVX2 hold
+constexpr int AHEAD = 24;              // steps of k between asking for a panel's numbers and using them, of one tile alone
+constexpr int MOST_ROWS = 6;           // rows of one tile: what the registers of AVX2 hold
+constexpr int MOST_GROUP = 72;         // rows that pass over the panels together: they stay in the second cache
+constexpr int64_t STRETCH = 256;       // steps of k of a panel: what stays in the nearest cache with the rows' numbers
 
 template <class S>
 class Buffer {
@@ -124,46 +126,72 @@ struct Matrix {
     }
 };
 
-// ROWS rows times SIDE panels -> out[row][panel][16].
+// Where a tile asks for numbers that are used later: `bytes` behind those of its first k, `step` further for each k.
+struct Ahead {
+    int64_t bytes, step;
+};
+
+// sums[row][panel][16] of ROWS rows and SIDE panels go on over k from `start` to `end`.
 template <class T, int ROWS, int SIDE>
-inline void tile(const float* const* rows, const Matrix<T>& w, int64_t first, float* out) {
+inline void tile(const float* const* rows, const Matrix<T>& w, int64_t first, int64_t start, int64_t end, Ahead ahead, float* sums) {
     constexpr int V = SIDE * PARTS;
     const float* a[ROWS];
-    for (int r = 0; r < ROWS; r++) a[r] = rows[r];
+    for (int r = 0; r < ROWS; r++) a[r] = rows[r] + start;
     const T* b[SIDE];
-    for (int s = 0; s < SIDE; s++) b[s] = w.panel(first + s);
-    const int64_t k = w.k, block = w.block;
-    const float* bias = w.has_bias ? w.bias_N.get() + first * PANEL : nullptr;
-    for (int64_t start = 0; start < k; start += block) {
-        const int64_t end = std::min(start + block, k);
-        Floats sum[ROWS][V];
+    for (int s = 0; s < SIDE; s++) b[s] = w.panel(first + s) + start * PANEL;
+    const int64_t n = end - start;
+    Floats sum[ROWS][V];
 #pragma GCC unroll 6
-        for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-            for (int v = 0; v < V; v++) sum[r][v] = Floats{};
+        for (int v = 0; v < V; v++) sum[r][v] = load<Floats>(sums + (r * V + v) * FLOATS);
 #pragma GCC unroll 2
-        for (int64_t i = start; i < end; i++) {
-            for (int s = 0; s < SIDE; s++) __builtin_prefetch(b[s] + (i + AHEAD) * PANEL);
-            Floats y[V];
+    for (int64_t i = 0; i < n; i++) {
+        for (int s = 0; s < SIDE; s++) __builtin_prefetch(reinterpret_cast<const char*>(b[s]) + ahead.bytes + i * ahead.step);
+        Floats y[V];
 #pragma GCC unroll 8
-            for (int v = 0; v < V; v++) y[v] = load<Floats>(b[v / PARTS] + i * PANEL + v % PARTS * FLOATS);
+        for (int v = 0; v < V; v++) y[v] = load<Floats>(b[v / PARTS] + i * PANEL + v % PARTS * FLOATS);
 #pragma GCC unroll 6
-            for (int r = 0; r < ROWS; r++) {
-                const Floats x = all<Floats>(a[r][i]);
+        for (int r = 0; r < ROWS; r++) {
+            const Floats x = all<Floats>(a[r][i]);
 #pragma GCC unroll 8
-                for (int v = 0; v < V; v++) sum[r][v] = fma(x, y[v], sum[r][v]);
-            }
+            for (int v = 0; v < V; v++) sum[r][v] = fma(x, y[v], sum[r][v]);
         }
-#pragma GCC unroll 6
-        for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-            for (int v = 0; v < V; v++) {
-                float* to = out + r * SIDE * PANEL + v * FLOATS;
-                if (start) sum[r][v] = load<Floats>(to) + sum[r][v];
-                else if (bias) sum[r][v] = load<Floats>(bias + v * FLOATS) + sum[r][v];
-                store(to, sum[r][v]);
-            }
     }
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) store(sums + (r * V + v) * FLOATS, sum[r][v]);
+}
+
+// Any number of rows and of panels that `panels_at_once` gives for it.
+template <class T>
+void tile_of(int64_t n_rows, int side, const float* const* rows, const Matrix<T>& w, int64_t first, int64_t start, int64_t end,
+             Ahead ahead, float* sums) {
+    auto some = [&]<int ROWS, int SIDE>() { tile<T, ROWS, SIDE>(rows, w, first, start, end, ahead, sums); };
+    if (side == 8) return some.template operator()<1, 8>();
+    if (side == 4) return some.template operator()<1, 4>();
+    switch (n_rows * 2 + side - 1) {
+        case 2: return some.template operator()<1, 1>();
+        case 3: return some.template operator()<1, 2>();
+        case 4: return some.template operator()<2, 1>();
+        case 5: return some.template operator()<2, 2>();
+        case 6: return some.template operator()<3, 1>();
+        case 7: return some.template operator()<3, 2>();
+        case 8: return some.template operator()<4, 1>();
+        case 9: return some.template operator()<4, 2>();
+        case 10: return some.template operator()<5, 1>();
+        case 11: return some.template operator()<5, 2>();
+        case 12: return some.template operator()<6, 1>();
+        case 13: return some.template operator()<6, 2>();
+    }
+}
+
+// Enough sums at a time to hide the time that each takes, and no more than the registers hold.
+inline int panels_at_once(int64_t n_rows, int64_t left) {
+    if (n_rows == 1 && PARTS == 1 && left >= 8) return 8;
+    if (n_rows == 1 && left >= 4) return 4;
+    return left >= 2 && (PARTS == 1 || n_rows <= 3) ? 2 : 1;
 }
 
 // The order in which MKL sums where there are few outputs, on a machine that has it so (`block` is FOUR_LANES): every
@@ -186,49 +214,51 @@ void multiply_in_four_lanes(const float* const* rows, int64_t n_rows, const Matr
         }
 }
 
-// `done(row, panel, out16)` is told each row's 16 outputs of each panel from `first` to `end`. Two neighbouring panels
-// of one row always come one after the other when `first` and `end` are even.
+// Some rows times some panels. A stretch of a panel is read from memory once, by the first tile, and stays in the nearest
+// cache for the others; each of them asks for its share of the stretch that comes next, so that memory never waits.
+template <class T, class Done>
+void multiply_group(const float* const* rows, int64_t n_rows, const Matrix<T>& w, int64_t first, int64_t end, const Done& done) {
+    const int64_t n_tiles = (n_rows + MOST_ROWS - 1) / MOST_ROWS;
+    alignas(64) float sums[MOST_GROUP * 2 * PANEL], out[MOST_GROUP * 2 * PANEL];
+    while (first < end) {
+        const int side = panels_at_once(n_rows, end - first);
+        const int64_t width = side * PANEL;
+        for (int64_t block = 0; block < w.k; block += w.block) {
+            const int64_t block_end = std::min(block + w.block, w.k), n = block_end - block;
+            const int64_t n_stretches = n_tiles == 1 ? 1 : (n + STRETCH - 1) / STRETCH;
+            std::fill_n(sums, n_rows * width, 0.0f);
+            for (int64_t s = 0; s < n_stretches; s++) {
+                const int64_t start = block + n * s / n_stretches, stop = block + n * (s + 1) / n_stretches;
+                const int64_t line = PANEL * sizeof(T), share = line / n_tiles + (n_tiles > 1);
+                for (int64_t t = 0; t < n_tiles; t++) {
+                    const int64_t row = n_rows * t / n_tiles, count = n_rows * (t + 1) / n_tiles - row;
+                    const int64_t bytes = n_tiles == 1 ? AHEAD * line : (stop - start) * (line + t * share);
+                    tile_of<T>(count, side, rows + row, w, first, start, stop, {bytes, share}, sums + row * width);
+                }
+            }
+            for (int64_t r = 0; r < n_rows; r++)
+                for (int64_t i = 0; i < width; i += FLOATS) {
+                    Floats sum = load<Floats>(sums + r * width + i);
+                    if (block) sum = load<Floats>(out + r * width + i) + sum;
+                    else if (w.has_bias) sum = load<Floats>(w.bias_N.get() + first * PANEL + i) + sum;
+                    store(out + r * width + i, sum);
+                }
+        }
+        for (int64_t r = 0; r < n_rows; r++)
+            for (int s = 0; s < side; s++) done(r, first + s, out + (r * side + s) * PANEL);
+        first += side;
+    }
+}
+
+// `done(row, panel, out16)` is told each row's 16 outputs of each panel from `first` to `end`, of a row in their order.
 template <class T, class Done>
 void multiply(const float* const* rows, int64_t n_rows, const Matrix<T>& w, int64_t first, int64_t end, const Done& done) {
     if (w.block == FOUR_LANES) return multiply_in_four_lanes(rows, n_rows, w, done);
-    const int64_t n_tiles = (n_rows + MOST_ROWS - 1) / MOST_ROWS;
-    alignas(64) float out[MOST_ROWS * 8 * PANEL];
-    auto some = [&]<int ROWS, int SIDE>(int64_t start) {
-        tile<T, ROWS, SIDE>(rows + start, w, first, out);
-        for (int r = 0; r < ROWS; r++)
-            for (int s = 0; s < SIDE; s++) done(start + r, first + s, out + (r * SIDE + s) * PANEL);
-        return SIDE;
-    };
-    while (first < end) {
-        const int64_t left = end - first;
-        int side = 1;
-        for (int64_t t = 0; t < n_tiles; t++) {
-            const int64_t start = n_rows * t / n_tiles, count = n_rows * (t + 1) / n_tiles - start;
-            if (n_rows == 1) {  // enough sums at a time to hide the time that each takes
-                if (PARTS == 1 && left >= 8) side = some.template operator()<1, 8>(start);
-                else if (left >= 4) side = some.template operator()<1, 4>(start);
-                else if (left >= 2) side = some.template operator()<1, 2>(start);
-                else side = some.template operator()<1, 1>(start);
-                continue;
-            }
-            const bool two = left >= 2 && n_rows <= (PARTS == 1 ? 6 : 3);
-            side = two ? 2 : 1;
-            switch (count * 2 + two) {
-                case 2: some.template operator()<1, 1>(start); break;
-                case 3: some.template operator()<1, 2>(start); break;
-                case 4: some.template operator()<2, 1>(start); break;
-                case 5: some.template operator()<2, 2>(start); break;
-                case 6: some.template operator()<3, 1>(start); break;
-                case 7: some.template operator()<3, 2>(start); break;
-                case 8: some.template operator()<4, 1>(start); break;
-                case 9: some.template operator()<4, 2>(start); break;
-                case 10: some.template operator()<5, 1>(start); break;
-                case 11: some.template operator()<5, 2>(start); break;
-                case 12: some.template operator()<6, 1>(start); break;
-                case 13: some.template operator()<6, 2>(start); break;
-            }
-        }
-        first += side;
+    const int64_t n_groups = (n_rows + MOST_GROUP - 1) / MOST_GROUP;
+    for (int64_t g = 0; g < n_groups; g++) {
+        const int64_t start = n_rows * g / n_groups, count = n_rows * (g + 1) / n_groups - start;
+        multiply_group(rows + start, count, w, first, end,
+                       [&](int64_t r, int64_t p, const float* out) { done(start + r, p, out); });
     }
 }
 
