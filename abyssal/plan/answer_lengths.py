@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+UNLIKELY = 1e-6  # that any answer still runs: no step is planned for it
 STEEPEST = 700.0  # exp of more overflows; a mean below a 700th of the limit is as good as uncut
 
 
@@ -66,13 +67,14 @@ class AnswerLengths:
         """Expected length of the longest of them: a batch ends with it."""
         return sum(stretch.n_steps for stretch in self.stretches(n_answers))
 
-    def stretches(self, n_answers: float, *, pieces: int = 96) -> Iterator[Stretch]:
+    def stretches(self, n_answers: float, *, pieces: int = 48) -> Iterator[Stretch]:
         """The steps of a batch that starts together and whose answers end one by one, in pieces of equal length."""
-        width = self.max_tokens / pieces
+        reach = self.mean_tokens * math.log(n_answers / UNLIKELY)  # beyond it an uncut exponential has nobody left
+        width = (min(self.max_tokens, reach) if self.steepness > 0 else self.max_tokens) / pieces
         for piece in range(pieces):
             drawn = (piece + 0.5) * width
             alive = self.any_runs(drawn, n_answers)
-            if alive > 1e-6:
+            if alive > UNLIKELY:
                 yield Stretch(alive * width, drawn, n_answers * self.running_share(drawn) / alive)
 
 
