@@ -67,7 +67,7 @@ class AnswerLengths:
         """Expected length of the longest of them: a batch ends with it."""
         return sum(stretch.n_steps for stretch in self.stretches(n_answers))
 
-    def stretches(self, n_answers: float, *, pieces: int = 48) -> Iterator[Stretch]:
+    def stretches(self, n_answers: float, *, pieces: int = 32) -> Iterator[Stretch]:
         """The steps of a batch that starts together and whose answers end one by one, in pieces of equal length."""
         reach = self.mean_tokens * math.log(n_answers / UNLIKELY)  # beyond it an uncut exponential has nobody left
         width = (min(self.max_tokens, reach) if self.steepness > 0 else self.max_tokens) / pieces

@@ -176,6 +176,14 @@ def exchange_seconds(
     return seconds
 
 
+def exchange_limit_seconds(
+    *, tokens: float, copies: float, width: int, dispatch_bytes: float, bytes_per_second: float
+) -> float:
+    """Dispatch and combine of one layer at a link's full speed, each token to `copies` experts elsewhere: what the
+    ISCA paper's section 2.3.2 bounds the speed of decoding by."""
+    return tokens * copies * width * (dispatch_bytes + COMBINE_BYTES) / bytes_per_second
+
+
 def reached_nodes(config: ModelConfig, *, n_nodes: float) -> float:
     """Expected nodes among `n_nodes` that hold an expert of a token: its topk_group groups lie on as many, or fewer."""
     if n_nodes <= 1:

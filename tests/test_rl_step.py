@@ -16,7 +16,7 @@ from abyssal.model.presets import r1_distill_llama_8b, smollm2_135m, v2_lite, v3
 from abyssal.plan.answer_lengths import AnswerLengths
 from abyssal.plan.layout import Layout
 from abyssal.plan.memory import RankMemory
-from abyssal.plan.rl import RlPlan, RlWork, plan_rl
+from abyssal.plan.rl_step import RlPlan, RlWork, plan_rl
 from abyssal.plan.serving import ServingConfig, ServingLayout
 from abyssal.plan.training import StepSeconds, TrainingPlan, plan_training
 
@@ -37,10 +37,10 @@ def training(n_devices: int = 1) -> TrainingPlan:
         compute_seconds=10.0, exposed_communication_seconds=0.0, bubble_seconds=0.0, gradient_communication_seconds=0.0,
         optimizer_seconds=5.0,
     )  # fmt: skip
+    machine = round_machine(**linked(n_devices, devices_per_node=n_devices))
     some = plan_training(
-        smollm2_135m(), machine=round_machine(**linked(n_devices, devices_per_node=n_devices)), layout=Layout(dp=n_devices), row_len=64,
-        batch_rows=n_devices,
-    )  # fmt: skip
+        smollm2_135m(), machine=machine, layout=Layout(dp=n_devices), row_len=64, batch_rows=n_devices
+    )
     return replace(some, step=step, tokens_per_step=1000, memory=(memory,))
 
 
@@ -122,11 +122,12 @@ def test_more_of_anything_takes_longer(problems: int, more: int, mean: float, lo
         (lambda: replace(WORK, learnable_share=1.5), "learnable_share=1.5 is a share"),
         (lambda: replace(WORK, reward_seconds=-1.0), "must be 0 or more"),
         (
-            lambda: plan(machine=round_machine(**linked(24, devices_per_node=12)), training=training(12), rollout=ServingLayout(devices=8)),
+            lambda: plan(machine=round_machine(**linked(12, devices_per_node=12)), training=training(12),
+                         rollout=ServingLayout(devices=8)),
             "rollout.devices=8 does not divide the 12 devices",
         ),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_is_refused(make: Any, says: str):
     with pytest.raises(ValueError, match=says):
         make()
