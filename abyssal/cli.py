@@ -25,6 +25,7 @@ from abyssal.commands.import_checkpoint import import_checkpoint
 from abyssal.commands.measure_budget import measure_budget
 from abyssal.commands.measure_perplexity import measure_perplexity
 from abyssal.commands.options import parsed
+from abyssal.commands.plan_command import plan_command
 from abyssal.commands.preset_table import presets
 from abyssal.engine.disk_cache import MAX_BYTES, DiskCache
 from abyssal.evals.page import write_report
@@ -39,6 +40,7 @@ USAGE = f"""\
 abyssal: from raw text to a reasoning model
 
   abyssal run RECIPE.toml [--section.key value ...]   walk every stage; stop and start again at will
+  abyssal plan RECIPE.toml [--machine NAME] [--search] time, memory and cost before anything is spent
   abyssal STAGE RECIPE.toml [--section.key value ...] one stage: {" ".join(STAGES)}
   abyssal chat DIR [--prompt TEXT ...]                talk to a checkpoint: out/laptop/r1, a GGUF file, smollm2
   abyssal eval DIR --budget 0,16,64 [--best-of 1,4]   accuracy against tokens of thinking, as a table and a page
@@ -197,6 +199,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": export_checkpoint,
     "import": import_checkpoint,
     "perplexity": measure_perplexity,
+    "plan": plan_command,
     "presets": presets,
 }
 

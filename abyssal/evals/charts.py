@@ -82,21 +82,23 @@ def line_chart(
     low, high = (min(ys), max(ys)) if log else _roomy(min(ys), max(ys), fmt=fmt)
     y_scale = (log_scale if log else linear_scale)(low, high, bottom, top, n_ticks=5)
 
-    parts = [_text(8, 16, title, "title")]
+    parts = [svg_text(8, 16, title, "title")]
     if many:
         parts.append(_legend(shown, left=8, y=33, width=width))
     for tick in y_scale.ticks:
         y = y_scale.to_pixel(tick)
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(left - 6, y + 3.5, tick_label(tick, y_scale.ticks, fmt=fmt, log=log), "tick", anchor="end"))
+        parts.append(
+            svg_text(left - 6, y + 3.5, tick_label(tick, y_scale.ticks, fmt=fmt, log=log), "tick", anchor="end")
+        )
     parts.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     for tick in x_scale.ticks:
         x = x_scale.to_pixel(tick)
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        parts.append(_text(x, bottom + 16, tick_label(tick, x_scale.ticks, log=log_x), "tick", anchor="middle"))
-    parts.append(_text((left + right) / 2, height - 4, x_label, "tick", anchor="middle"))
+        parts.append(svg_text(x, bottom + 16, tick_label(tick, x_scale.ticks, log=log_x), "tick", anchor="middle"))
+    parts.append(svg_text((left + right) / 2, height - 4, x_label, "tick", anchor="middle"))
     if y_label:
-        turned = _text(0, 0, y_label, "tick", anchor="middle")
+        turned = svg_text(0, 0, y_label, "tick", anchor="middle")
         parts.append(f'<g transform="translate(13 {(top + bottom) / 2:.1f}) rotate(-90)">{turned}</g>')
     for one, mean in zip(shown, smooth, strict=True):
         stroke = f'style="stroke:var(--s{one.colour % N_COLOURS})"'
@@ -119,7 +121,7 @@ def line_chart(
         "s": [{"n": one.name, "c": one.colour % N_COLOURS, "p": _rounded(_thin(one.points))} for one in shown],
     }  # fmt: skip
     data = escape(json.dumps(hover, separators=(",", ":"), ensure_ascii=False))
-    return _svg(parts, title=title, width=width, height=height, extra=f' data-hover="{data}"')
+    return svg_chart(parts, title=title, width=width, height=height, extra=f' data-hover="{data}"')
 
 
 def interval_chart(
@@ -134,17 +136,17 @@ def interval_chart(
     high = max(row.value if row.high is None else row.high for row in rows)
     low, high = _roomy(min(0.0, low) if from_zero else low, high, fmt=fmt)
     scale = linear_scale(low, high, left, right, n_ticks=4)
-    parts = [_text(8, 16, title, "title")]
+    parts = [svg_text(8, 16, title, "title")]
     for tick in scale.ticks:
         x = scale.to_pixel(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
-        parts.append(_text(x, bottom + 14, tick_label(tick, scale.ticks, fmt=fmt), "tick", anchor="middle"))
+        parts.append(svg_text(x, bottom + 14, tick_label(tick, scale.ticks, fmt=fmt), "tick", anchor="middle"))
     first = scale.to_pixel(rows[0].value)
     parts.append(f'<line class="reference" x1="{first:.1f}" x2="{first:.1f}" y1="{top}" y2="{bottom}"/>')
     for place, row in enumerate(rows):
         y, colour = top + row_height * (place + 0.5), f"var(--s{row.colour % N_COLOURS})"
         note = f"{row.name}: {value_label(row.value, fmt)}"
-        parts.append(_text(left - 10, y + 4, row.name, "name", anchor="end"))
+        parts.append(svg_text(left - 10, y + 4, row.name, "name", anchor="end"))
         parts.append("<g>")
         end = scale.to_pixel(row.value)
         if row.low is not None and row.high is not None:
@@ -154,8 +156,8 @@ def interval_chart(
             note += f" ({value_label(row.low, fmt)} to {value_label(row.high, fmt)})"
         parts.append(f'<circle style="fill:{colour}" cx="{scale.to_pixel(row.value):.1f}" cy="{y:.1f}" r="5"/>')
         parts.append(f"<title>{escape(note)}</title></g>")
-        parts.append(_text(end + 9, y + 4, value_label(row.value, fmt), "value"))
-    return _svg(parts, title=title, width=width, height=bottom + 22)
+        parts.append(svg_text(end + 9, y + 4, value_label(row.value, fmt), "value"))
+    return svg_chart(parts, title=title, width=width, height=bottom + 22)
 
 
 def heat_map(
@@ -177,10 +179,10 @@ def heat_map(
     left, top, cell_height = 46, 30, 24
     cell_width = (width - left - 10) / len(columns)
     bottom = top + cell_height * len(rows)
-    parts = [_text(8, 16, title, "title")]
+    parts = [svg_text(8, 16, title, "title")]
     for r, (name, line) in enumerate(zip(rows, values, strict=True)):
         y = top + r * cell_height
-        parts.append(_text(left - 6, y + cell_height / 2 + 4, name, "tick", anchor="end"))
+        parts.append(svg_text(left - 6, y + cell_height / 2 + 4, name, "tick", anchor="end"))
         for c, (column, value) in enumerate(zip(columns, line, strict=True)):
             x = left + c * cell_width
             box = f'x="{x + 1:.1f}" y="{y + 1:.1f}" width="{cell_width - 2:.1f}" height="{cell_height - 2}" rx="3"'
@@ -188,15 +190,17 @@ def heat_map(
             note = f"{x_label} {column}, {y_label} {name}: {value_label(value, 'percent')}"
             parts.append(f"<g><rect {box} {shade}/><title>{escape(note)}</title>")
             number = f"{100 * value:.0f}"
-            parts.append(_text(x + cell_width / 2, y + cell_height / 2 + 4, number, "value", anchor="middle") + "</g>")
+            parts.append(
+                svg_text(x + cell_width / 2, y + cell_height / 2 + 4, number, "value", anchor="middle") + "</g>"
+            )
     for c, column in enumerate(columns):
-        parts.append(_text(left + (c + 0.5) * cell_width, bottom + 14, column, "tick", anchor="middle"))
+        parts.append(svg_text(left + (c + 0.5) * cell_width, bottom + 14, column, "tick", anchor="middle"))
     if mark_after is not None and 0 < mark_after < len(columns):
         x = left + mark_after * cell_width
         parts.append(f'<line class="reference" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 6}" y2="{bottom + 4}"/>')
     caption = f"{x_label}; {y_label} downwards"
-    parts.append(_text((left + width - 10) / 2, bottom + 30, caption, "tick", anchor="middle"))
-    return _svg(parts, title=title, width=width, height=bottom + 36)
+    parts.append(svg_text((left + width - 10) / 2, bottom + 30, caption, "tick", anchor="middle"))
+    return svg_chart(parts, title=title, width=width, height=bottom + 36)
 
 
 def linear_scale(low: float, high: float, start: float, end: float, *, n_ticks: int, whole: bool = False) -> Scale:
@@ -329,15 +333,15 @@ def _legend(series: Sequence[Series], *, left: float, y: float, width: int) -> s
     parts, x = [], left
     for one in series:
         parts.append(f'<circle style="fill:var(--s{one.colour % N_COLOURS})" cx="{x + 4:.1f}" cy="{y - 4:.1f}" r="4"/>')
-        parts.append(_text(x + 12, y, one.name, "legend"))
+        parts.append(svg_text(x + 12, y, one.name, "legend"))
         x += 24 + 6.1 * len(one.name)
     return "".join(parts)
 
 
-def _text(x: float, y: float, text: str, kind: str, *, anchor: str = "start") -> str:
+def svg_text(x: float, y: float, text: str, kind: str, *, anchor: str = "start") -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _svg(parts: Sequence[str], *, title: str, width: int, height: float, extra: str = "") -> str:
+def svg_chart(parts: Sequence[str], *, title: str, width: int, height: float, extra: str = "") -> str:
     label = f'role="img" aria-label="{escape(title)}"'
     return f'<svg class="chart" viewBox="0 0 {width} {height:g}" {label}{extra}>{"".join(parts)}</svg>'

@@ -56,9 +56,14 @@ svg .title{font-size:12.5px;font-weight:600;fill:var(--ink)}svg .legend{font-siz
 svg .name,svg .value{font-size:12px;fill:var(--ink)}
 svg .grid{stroke:var(--grid)}svg .axis{stroke:var(--dim);opacity:.55}
 svg .reference{stroke:var(--dim);stroke-dasharray:3 3;opacity:.7}svg .guide{stroke:var(--dim);opacity:.6}
+svg .limit{stroke:var(--wrong);stroke-width:1.6;stroke-dasharray:5 3}
 svg .line{fill:none;stroke-width:1.9;stroke-linejoin:round;stroke-linecap:round}
 svg .raw{fill:none;stroke-width:1;opacity:.28;stroke-linejoin:round}svg .interval{opacity:.3}
-figure.wide svg.chart{max-width:640px}svg .span{stroke-width:5;stroke-linecap:round;opacity:.28}
+figure.wide svg.chart{max-width:640px}figure.full{overflow-x:auto;margin:14px 0}
+figure.full svg{display:block;width:100%;height:auto;min-width:760px}figure.full svg.chart{max-width:none}
+figure.drawn{padding:0}
+td.source{white-space:normal;text-align:left;min-width:24em;color:var(--dim)}td:first-child small{font-weight:400}
+svg .span{stroke-width:5;stroke-linecap:round;opacity:.28}
 .tip{position:fixed;z-index:9;pointer-events:none;background:var(--ink);color:var(--bg);border-radius:7px;
  padding:6px 10px;font-size:12px;line-height:1.5;font-variant-numeric:tabular-nums;white-space:nowrap;visibility:hidden}
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:10px;background:var(--panel);margin:18px 0}
@@ -70,7 +75,7 @@ thead th{font-size:12px;font-weight:500;color:var(--dim);line-height:1.3;vertica
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--panel);font-weight:600}
 td small{display:block;line-height:1.2;color:var(--dim);font-size:12px}
 tr.total td{font-weight:600}
-td.wide{width:38%;min-width:190px}
+td.wide{width:38%;min-width:190px}td.share{width:13%;min-width:84px}
 .bar{display:flex;height:12px;border-radius:3px;overflow:hidden;background:var(--grid);min-width:2px}
 .bar span{display:block;height:100%}
 .key{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:12.5px;color:var(--dim)}

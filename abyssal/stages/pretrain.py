@@ -84,16 +84,20 @@ class PretrainConfig:
         """Rows of the step that comes after so many rows."""
         return ramped_rows(rows_seen, **self._ramp()) if self.rows_start else self.rows
 
+    @property
+    def all_rows(self) -> int:
+        """Of all steps together."""
+        return total_rows(self.steps, **self._ramp()) if self.rows_start else self.steps * self.rows
+
     def learning_rate_at(self, step: int, rows_seen: int) -> float:
         """The share of the peak rates in this step."""
         if self.shape != "v3":
             return learning_rate(
                 step, self.steps, warmup=self.warmup, shape=self.shape, stable=self.stable, floor=self.floor
             )
-        every = total_rows(self.steps, **self._ramp()) if self.rows_start else self.steps * self.rows
         return v3_learning_rate(
             step,
-            rows_seen / every,
+            rows_seen / self.all_rows,
             warmup=self.warmup,
             stable=self.stable,
             fall_until=self.fall_until,
