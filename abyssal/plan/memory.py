@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from abyssal.plan.communication import Group
@@ -57,51 +57,28 @@ def held_weights(tensors: Iterable[Weight], layout: Layout, groups: tuple[Group,
     return HeldWeights(whole=whole, routed=routed, idle=idle, group=groups[0], routed_group=groups[1])
 
 
-def in_flight(layout: Layout, stage: int, n_micro_batches: int) -> int:
-    """Micro-batches whose activations a rank keeps at most of this stage at once.
-
-    1F1B and ZB1P: those between a stage's first forward and first backward. DualPipe and DualPipeV: the same, which for
-    the two stages of a rank comes to stages + 1 (DeepSeek-V3, table 2). ZBV: one less (Qi et al. 2023, section 6).
-    Interleaved: a rank's first chunk waits longest (Narayanan et al. 2021, section 2.2).
-    """
-    pp, n = layout.pp, n_micro_batches
-    if layout.schedule == "dualpipe":
-        return min(pp - stage, n // 2)  # the other half of the micro-batches goes through the stage's other copy
-    if layout.schedule == "interleaved":
-        chunk, rank = divmod(stage, pp)
-        waits = pp - rank if chunk == layout.chunks - 1 else pp
-        return min(waits + (pp - rank - 1 if chunk == 0 else 0), n)
-    most = layout.n_stages - stage - (1 if layout.schedule == "zbv" and stage < pp else 0)
-    return min(most, n)
-
-
 def rank_memory(
     rank: int,
     *,
     layout: Layout,
-    n_micro_batches: int,
     held: HeldWeights,
-    saved_bytes: Sequence[float],
+    activations_bytes: float,
     temporary_bytes: float,
     moments_per_number: float,
 ) -> RankMemory:
-    """`saved_bytes` are of one micro-batch, of each stage that the rank holds."""
+    """What is kept for backward is the schedule's to say, in order of its work (`Schedule.most_in_flight`)."""
     share = held.trained_share
     trained = held.total - held.idle
     # what ZeRO shares out lies on one of the ranks that hold the same weights
     weights = share + held.idle if layout.zero >= 3 else held.total
     gradients = share if layout.zero >= 2 else trained
     optimizer = share if layout.zero >= 1 else trained
-    activations = [
-        in_flight(layout, s, n_micro_batches) * kept
-        for s, kept in zip(layout.stages_of(rank), saved_bytes, strict=True)
-    ]
     return RankMemory(
         rank=rank,
         weights_bytes=NUMBER_BYTES[layout.weights] * weights,
         master_bytes=0.0 if layout.master == layout.weights else NUMBER_BYTES[layout.master] * optimizer,
         moments_bytes=moments_per_number * NUMBER_BYTES[layout.moments] * optimizer,
         gradients_bytes=NUMBER_BYTES[layout.gradients] * gradients,
-        activations_bytes=sum(activations),
+        activations_bytes=activations_bytes,
         temporary_bytes=temporary_bytes,
     )

@@ -147,13 +147,13 @@ def plan_training(
         gradient_communication_seconds=gradients,
         optimizer_seconds=max(_optimizer_seconds(h, layout, machine) for h in held),
     )
+    activations = timeline.schedule.most_in_flight([cost.saved_bytes for cost in stage_costs])
     memory = tuple(
         rank_memory(
             rank,
             layout=layout,
-            n_micro_batches=n_micro_batches,
             held=held[rank],
-            saved_bytes=[stage_costs[stage].saved_bytes for stage in layout.stages_of(rank)],
+            activations_bytes=activations[rank],
             temporary_bytes=0.0,
             moments_per_number=2.0,
         )
