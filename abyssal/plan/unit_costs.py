@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from abyssal.model.config import ModelConfig
 from abyssal.plan.communication import Traffic, context_traffic, expert_traffic, tensor_traffic
+from abyssal.plan.eager_passes import as_torch_runs
 from abyssal.plan.layout import NUMBER_BYTES, Layout
 from abyssal.plan.machine_file import MachineSpec, Precision
 from abyssal.plan.operation import Operation, input_gradient, not_fp8, weight_gradient
@@ -106,6 +107,9 @@ def unit_cost(
     accumulated: bool,
 ) -> UnitCost:
     operations = _operations(kind, config, layout, precision, micro_rows=micro_rows, row_len=row_len)
+    if layout.kernels == "eager" and precision != "fp8":
+        n_tokens, on_cpu = micro_rows * row_len // layout.cp, machine.kind == "cpu"
+        operations = as_torch_runs(operations, config, n_tokens=n_tokens, on_cpu=on_cpu)
     gradient_bytes = NUMBER_BYTES[layout.gradients]
     again = {"none": [], "selective": [o for o in operations if o.recomputed], "full": operations}[layout.recompute]
     is_layer = kind in ("dense", "moe", "mtp")
