@@ -5,6 +5,7 @@ from abyssal.engine.sampler import (
     derive_seed,
     inverse_cdf,
     kept_ids,
+    largest,
     noise_key,
     probabilities,
     sample,
@@ -96,6 +97,13 @@ def test_draws_follow_the_distribution():
 def test_temperature_two_takes_the_square_root_of_the_odds():
     drawn_from = probabilities(torch.tensor([[0.8, 0.2]]).log(), how(temperature=2.0))[0]
     assert (drawn_from[0] / drawn_from[1]).item() == pytest.approx(2.0, rel=1e-5)  # sqrt(0.8 / 0.2)
+
+
+def test_the_largest_is_the_first_of_equals_and_a_nan_is_larger_than_all():
+    logits = torch.tensor([[3.0, 7.0, 1.0, 7.0, 9.0], [0.0, torch.nan, 8.0, torch.inf, 9.0], [-torch.inf] * 5])
+    assert largest(logits[:, :4]).tolist() == [1, 1, 0] == logits[:, :4].argmax(-1).tolist()
+    noise = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(largest(noise), noise.argmax(-1))
 
 
 def test_log_probs_are_the_models_own_whatever_the_filters():
