@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abyssal.plan.machine_file import MACHINES, MachineSpec, machine_toml, read_machine
+from abyssal.plan.machine_file import MACHINES, MachineSpec, Sourced, machine_toml, read_machine
 from abyssal.typed_toml import table_toml
 
 NAMES = sorted(path.stem for path in MACHINES.glob("*.toml"))
@@ -51,7 +51,7 @@ def test_the_experts_of_a_v3_rank_take_what_deepgemm_published(h800: MachineSpec
 def test_one_row_is_bound_by_reading_the_weights(h800: MachineSpec):
     """7,168 x 4,096 FP8 weights are 29.4 MB: 9.8 us at 3.0 TB/s, while their 59 MFLOP would take 0.03 us."""
     seconds = h800.gemm_seconds(precision="fp8", rows=1, inner=7168, outer=4096)
-    assert 9.8e-6 < seconds < 9.8e-6 / 0.7
+    assert 9.8e-6 < seconds < 9.8e-6 / 0.65
 
 
 @given(rows=SIZES, inner=SIZES, outer=SIZES, groups=st.integers(1, 64))
@@ -67,6 +67,12 @@ def test_no_product_is_faster_than_its_weights_are_read_or_than_the_fastest_poin
 def test_nothing_takes_no_time(h800: MachineSpec):
     assert h800.gemm_seconds(precision="fp8", rows=0, inner=7168, outer=4096) == 0.0
     assert h800.memory_seconds(3.0e12) == 1.0
+
+
+def test_the_system_shows_more_than_the_tensors(h800: MachineSpec):
+    assert h800.resident_bytes(100e6) == 100e6
+    shown = replace(h800, runtime_bytes=Sourced(value=20e6, source="x"), allocator_share=Sourced(value=1.1, source="x"))
+    assert shown.resident_bytes(100e6) == pytest.approx(130e6)
 
 
 def test_a_precision_that_is_missing_is_widened(h800: MachineSpec):
@@ -99,6 +105,7 @@ def figures(**changes: Any) -> dict[str, Any]:
         ({"memory_bytes_per_second": 3e12}, "memory_bytes_per_second=3000000000000.0 must be a table"),
         ({"peak_source": " "}, "peak_source is empty; name paper and section"),
         ({"usable_memory_share": {"value": 1.2, "source": "x"}}, "usable_memory_share.value=1.2 must be a share up"),
+        ({"allocator_share": {"value": 0.9, "source": "x"}}, "allocator_share.value=0.9 must be at least 1"),
         ({"communication_share": {"value": 1, "source": "x"}}, "communication_share.value=1.0 must be a share"),
         ({"n_devices": 2047}, "n_devices=2047 is no multiple of devices_per_node=8; count whole nodes"),
         ({"peak_flops_per_second": {"fp4": 1e15}}, "key of peak_flops_per_second='fp4'; use one of 'fp8'"),

@@ -91,6 +91,8 @@ class MachineSpec:
     memory_bytes_per_second: Sourced  # what a pass over memory reaches, reads and writes together
     seconds_per_operation: Sourced  # one more operation costs this beside its work: launch, dispatch
     communication_share: Sourced  # of the compute units, taken by communication that overlaps with computing
+    runtime_bytes: Sourced | None = None  # what libraries take for themselves once they compute
+    allocator_share: Sourced | None = None  # memory taken from the system for each byte of tensors, holes included
     intra_node: Link | None = None
     inter_node: Link | None = None
     host: Host | None = None
@@ -105,6 +107,8 @@ class MachineSpec:
         for name, text in _sources(self, ""):
             if not text.strip():
                 raise ValueError(f'{name} is empty; name paper and section, a README and its date, or say "memory"')
+        if self.allocator_share is not None and self.allocator_share.value < 1:
+            raise ValueError(f"allocator_share.value={self.allocator_share.value} must be at least 1, for no holes")
         if self.usable_memory_share.value > 1:
             raise ValueError(f"usable_memory_share.value={self.usable_memory_share.value} must be a share up to 1")
         if self.n_devices % self.devices_per_node:
@@ -161,6 +165,11 @@ class MachineSpec:
     def memory_seconds(self, n_bytes: float) -> float:
         """Seconds of a pass that reads and writes so many bytes together."""
         return n_bytes / self.memory_bytes_per_second.value
+
+    def resident_bytes(self, tensor_bytes: float) -> float:
+        """What the system shows of a process above its import, for tensors of so many bytes at once."""
+        runtime = 0.0 if self.runtime_bytes is None else self.runtime_bytes.value
+        return runtime + tensor_bytes * (1.0 if self.allocator_share is None else self.allocator_share.value)
 
     def _ideal_seconds(self, precision: Precision, shape: tuple[int, int, int, int]) -> float:
         """The longer of computing at the peak and of moving both operands in and the product out."""
