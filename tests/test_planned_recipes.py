@@ -89,9 +89,9 @@ def test_one_device_runs():
 
 
 def test_what_a_plan_may_be_told():
-    with pytest.raises(ValueError, match=r"plan\.answer_tokens\.zero=0 must be at least 1 token"):
-        PlanConfig(answer_tokens={"zero": 0})
-    with pytest.raises(ValueError, match=r"plan\.devices=-1 is less than none"):
+    with pytest.raises(ValueError, match=r"plan\.answer_tokens\.zero=\(0,\) must be means of at least 1 token"):
+        PlanConfig(answer_tokens={"zero": (0,)})
+    with pytest.raises(ValueError, match=r"plan\.devices=-1 must be 0 or more"):
         PlanConfig(devices=-1)
     with pytest.raises(ValueError, match="hours that are an input say what they are of"):
         PlanConfig(given_device_hours=5000.0)

@@ -92,9 +92,9 @@ def tiles(plan: RecipePlan) -> Markup:
         ("tokens a second", count_text(longest.tokens_per_second), longest.stage),
         ("memory", percent_text(fullest.peak_memory_bytes / fullest.memory_limit_bytes), "of the fullest device"),
     ]
-    if longest.training:
+    if longest.training and longest.mfu is not None:
         rate = f"{longest.training.flops_per_second_per_device / 1e12:,.3g} TFLOP/s a device"
-        shown.insert(3, ("MFU", percent_text(longest.training.mfu), rate))
+        shown.insert(3, ("MFU", percent_text(longest.mfu), rate))
     blocks = [
         Markup(
             '<div class="tile"><div class="who">{}</div><div class="big">{}</div><div class="small">{}</div></div>'
@@ -119,7 +119,7 @@ def stages_section(plan: RecipePlan) -> Markup:
                 count_text(stage.tokens),
                 seconds_text(stage.step_seconds),
                 count_text(stage.tokens_per_second),
-                percent_text(stage.training.mfu) if stage.training else NOTHING,
+                NOTHING if stage.mfu is None else percent_text(stage.mfu),
                 seconds_text(stage.seconds),
                 hours_text(stage.device_hours),
                 cost_text(stage.cost_usd),

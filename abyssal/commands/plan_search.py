@@ -16,7 +16,8 @@ from abyssal.plan.machine_file import MachineSpec
 from abyssal.plan.search_layouts import Search, said, search_layouts
 from abyssal.plan.training import TrainingPlan
 from abyssal.progress import steps_bar
-from abyssal.stages.plan_recipe import base_config, with_given
+from abyssal.stages.plan_recipe import with_given
+from abyssal.stages.planned_work import base_config
 from abyssal.stages.recipe import Recipe
 
 TITLES = ("layout", "a step", "MFU", "bubble", "device-h", "cost", "memory", "")

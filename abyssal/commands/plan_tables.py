@@ -38,11 +38,12 @@ def print_plan(plan: RecipePlan, console: Console) -> None:
     console.print()
     for label, stage in {"bottleneck": longest, "memory": fullest}.items():
         said = f"{stage.bottleneck}; {stage.advice}" if label == "bottleneck" else verdict(stage)
-        console.print(f"[bold]{label}[/bold] ({stage.stage}): {said}", highlight=False, soft_wrap=True)
-    if plan.given_device_hours:
-        console.print(f"[dim]given, not planned: {plan.given_are}[/dim]", highlight=False, soft_wrap=True)
-    for assumed in dict.fromkeys(assumed for stage in plan.stages for assumed in stage.assumed):
-        console.print(f"[dim]assumed: {assumed}[/dim]", highlight=False, soft_wrap=True)
+        told = Text.assemble((label, "bold"), f" ({stage.stage}): {said.rstrip('; ')}")
+        console.print(told, highlight=False, soft_wrap=True)
+    notes = [f"given, not planned: {plan.given_are}"] if plan.given_device_hours else []
+    notes += [f"assumed: {line}" for line in dict.fromkeys(line for stage in plan.stages for line in stage.assumed)]
+    for note in notes:
+        console.print(Text(note, style="dim"), soft_wrap=True)
 
 
 def stage_table(plan: RecipePlan, *, width: int) -> Table:
@@ -65,7 +66,7 @@ def stage_table(plan: RecipePlan, *, width: int) -> Table:
                 "tokens": count_text(stage.tokens),
                 "a step": seconds_text(stage.step_seconds),
                 "tokens/s": count_text(stage.tokens_per_second),
-                "MFU": percent_text(stage.training.mfu) if stage.training else NOTHING,
+                "MFU": NOTHING if stage.mfu is None else percent_text(stage.mfu),
                 "time": seconds_text(stage.seconds),
                 "device-h": hours_text(stage.device_hours),
                 "cost": cost_text(stage.cost_usd),

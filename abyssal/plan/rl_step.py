@@ -85,6 +85,7 @@ class RlPlan:
     compare_seconds: float
     tail_seconds: float  # of the rollout, with no more than a tenth of the answers still running
     longest_tokens: float  # expected length of the longest answer, which the rollout waits for
+    drawing_bytes: float  # of one device while it draws: cache and, on serving units, their weights
     memory_bytes: float  # of one device at its fullest
     memory_limit_bytes: float
 
@@ -173,6 +174,7 @@ def plan_rl(
         compare_seconds=FORWARD_SHARE * compared * per_token,
         tail_seconds=tail,
         longest_tokens=work.lengths.longest_tokens(work.n_answers),
+        drawing_bytes=drawing_bytes,
         memory_bytes=memory,
         memory_limit_bytes=limit,
     )

@@ -63,6 +63,12 @@ class StagePlan:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
+    def mfu(self) -> float | None:
+        """Of a stage that does nothing but train."""
+        trains_all_the_time = self.training is not None and self.step_seconds == self.training.step_seconds
+        return self.training.mfu if self.training is not None and trains_all_the_time else None
+
+    @property
     def rank_bytes(self) -> tuple[float, ...]:
         return tuple(sum(parts.values()) for parts in self.memory_bytes_by_part)
 
