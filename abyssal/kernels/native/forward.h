@@ -159,15 +159,16 @@ class Forward {
     // Products of all rows, some panels at a time.
     template <class S, class Done>
     void product(Team& team, int thread, const std::vector<const float*>& rows, int64_t n, const Matrix<S>& m, const Done& done) {
-        const int64_t width = piece_width(m.n_panels, team.size()), count = (m.n_panels + width - 1) / width;
+        const int64_t width = piece_width(n, m.n_panels, team.size()), count = (m.n_panels + width - 1) / width;
         team.each(thread, count, [&](int64_t i) {
             multiply(rows.data(), n, m, i * width, std::min((i + 1) * width, m.n_panels), done);
         });
     }
-    // Panels of a piece: as many as a tile takes, or more where there are many.
-    static int64_t piece_width(int64_t n_panels, int n_threads) {
-        if (n_threads == 1) return n_panels;
-        return std::max<int64_t>((n_panels / (n_threads * 4) + 3) / 4 * 4, 4);
+    // Panels of a piece, an even number: no fewer than a tile takes, and so few that no thread waits long for the last.
+    static int64_t piece_width(int64_t n_rows, int64_t n_panels, int n_threads) {
+        if (n_threads == 1) return std::max<int64_t>(n_panels, 1);
+        const int64_t tile = n_rows == 1 ? (PARTS == 1 ? 8 : 4) : 2;
+        return std::max(n_panels / (n_threads * 8) / tile * tile, tile);
     }
 
     void forward(const Pass& pass, Team& team, int thread) {

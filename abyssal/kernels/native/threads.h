@@ -38,7 +38,7 @@ inline void wait_for_change(std::atomic<uint32_t>& word, uint32_t old, std::chro
 
 class Team {
   public:
-    explicit Team(int n) : n_(n), pid_(getpid()) {
+    explicit Team(int n) : n_(n), pid_(getpid()), places_(n) {
         for (int i = 1; i < n; i++) threads_.emplace_back([this, i] { work(i); });
     }
     ~Team() {
@@ -64,33 +64,50 @@ class Team {
         }
         call_ = [](void* job, int thread) { (*static_cast<Job*>(job))(thread); };
         job_ = &job;
-        next_[0] = next_[1] = 0;
-        phase_of_.assign(n_, 0);
         generation_.fetch_add(1, std::memory_order_release);
         generation_.notify_all();
         job(0);
         meet();
     }
 
-    // Each of `n_items` on some thread, then everybody waits for the last. Which thread takes which item is left to
-    // chance, so no item's result may depend on it.
+    // Each of `n_items`, then everybody waits for the last. A thread takes its own share of neighbours one after the
+    // other, then from the ends of others' shares; so who does an item is left to chance, and no result may depend on it.
     template <class Work>
     void each(int thread, int64_t n_items, const Work& work) {
         if (n_ == 1) {
             for (int64_t i = 0; i < n_items; i++) work(i);
             return;
         }
-        std::atomic<int64_t>& next = next_[phase_of_[thread]++ & 1];
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n_items;) work(i);
+        for (int i = 0; i < n_; i++)
+            for (int64_t item; (item = take((thread + i) % n_, n_items, i > 0)) >= 0;) work(item);
         meet();
     }
 
   private:
+    // What is left of a thread's share: from `begin` to `end`, or nothing said yet.
+    struct Share {
+        uint32_t begin, end;
+    };
+    static constexpr Share UNTOUCHED{1, 0};
+
+    // An item of some thread's share, its first or its last; -1: nothing is left.
+    int64_t take(int of, int64_t n_items, bool last) {
+        std::atomic<Share>& share = places_[of].share;
+        Share seen = share.load(std::memory_order_relaxed), left;
+        do {
+            left = seen;
+            if (left.begin > left.end) left = {uint32_t(n_items * of / n_), uint32_t(n_items * (of + 1) / n_)};
+            if (left.begin == left.end) return -1;
+            if (last) left.end--;
+            else left.begin++;
+        } while (!share.compare_exchange_weak(seen, left, std::memory_order_relaxed));
+        return last ? left.end : left.begin - 1;
+    }
     void meet() {
         const uint32_t round = round_.load(std::memory_order_acquire);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) == n_ - 1) {
             arrived_.store(0, std::memory_order_relaxed);
-            next_[phase_of_[0] & 1].store(0, std::memory_order_relaxed);  // all threads are in the same phase here
+            for (Place& place : places_) place.share.store(UNTOUCHED, std::memory_order_relaxed);
             round_.store(round + 1, std::memory_order_release);
             round_.notify_all();
         } else {
@@ -110,15 +127,17 @@ class Team {
 
     const int n_;
     const pid_t pid_;
+    struct alignas(64) Place {
+        std::atomic<Share> share{UNTOUCHED};
+    };
+    std::vector<Place> places_;
     std::vector<std::thread> threads_;
-    std::vector<int> phase_of_;
     void (*call_)(void*, int) = nullptr;
     void* job_ = nullptr;
     std::atomic<bool> stop_{false};
     alignas(64) std::atomic<uint32_t> generation_{0};
     alignas(64) std::atomic<uint32_t> round_{0};
     alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<int64_t> next_[2];
 };
 
 }  // namespace abyssal
