@@ -60,6 +60,7 @@ def test_everything_that_happens_is_drawn_once_within_its_lane():
     jobs = Counter(job.kind for job in line.jobs)
     for kind in jobs:
         assert drawn[kind] + drawn[f"{kind} paler"] == jobs[kind]
+    assert drawn["forward"] == drawn["forward paler"] == 24  # six of each direction on each of four ranks
     n_pairs = sum(len(slot) == 2 for order in line.schedule.orders for slot in order)
     assert (len(found["pair"]), len(found["hidden_experts"])) == (n_pairs, n_pairs)
     assert all(LEFT <= x and x + width <= 960 - RIGHT for rows in found.values() for x, _, width, _ in rows)

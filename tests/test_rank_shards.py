@@ -97,6 +97,7 @@ CASES = [
     ("mla_moe_query_latent", 8, Layout(pp=2, ep=4, zero=2, schedule="dualpipe", weights="bfloat16")),
     ("mla_moe_query_latent", 8, Layout(pp=2, ep=2, zero=3, schedule="1f1b", weights="bfloat16", master="bfloat16")),
     ("mla_moe", 16, Layout(pp=2, tp=2, cp=2, ep=4, schedule="zb1p", moments="bfloat16")),
+    ("mla_moe", 16, Layout(tp=2, cp=2, ep=4, zero=1)),
     ("mla_dense", 8, Layout(tp=4, zero=1)),
     ("gqa_dense", 8, Layout(pp=4, zero=1, schedule="1f1b", gradients="bfloat16")),
     ("gqa_dense_norms", 4, Layout(pp=2, schedule="interleaved", chunks=2, zero=1)),

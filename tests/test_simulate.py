@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_schedules import pipelines
 
 from abyssal.plan.schedules import Work, build_schedule
-from abyssal.plan.simulate import StageSeconds, Timeline, run_schedule, simulate
+from abyssal.plan.simulate import StageSeconds, Timeline, run_schedule, simulate, slot_cost
 
 PLAIN = StageSeconds(forward_seconds=1, backward_input_seconds=1, backward_weight_seconds=1)
 
@@ -78,6 +78,17 @@ def test_a_pair_hides_what_it_saves():
         drawn = sum(job.end_seconds - job.start_seconds for job in line.jobs if job.kind == "hidden_experts")
         assert drawn == 2 * n_pairs * hidden
     assert line.hidden_share == 0
+
+
+def test_a_pair_of_unlike_stages_saves_the_smaller_of_what_each_would():
+    """Forward 1 of stage 0 and backward 5 of stage 1: of 6, with its like stage 0 would save 1 and stage 1 two."""
+    little = replace(PLAIN, overlapped_pair_seconds=2)
+    much = StageSeconds(
+        forward_seconds=3, backward_input_seconds=3, backward_weight_seconds=2, overlapped_pair_seconds=6
+    )
+    pair = (Work("forward", 0, 0), Work("backward", 1, 1))
+    assert slot_cost(pair, [little, much]).seconds == 1 + 5 - 1
+    assert slot_cost(pair, [much, little]).seconds == 3 + 2 - 1
 
 
 def test_without_overlap_a_pair_is_one_after_the_other():
@@ -178,6 +189,22 @@ def test_all_time_and_all_communication_are_accounted_for(line: Timeline):
             elif work.kind in ("backward", "backward_input"):
                 communicated += line.times[work.stage].backward_experts_seconds
     assert sum(line.hidden_communication_seconds) + sum(line.exposed_communication_seconds) == communicated
+
+
+@given(timelines(), st.sampled_from(["forward", "backward_input", "backward_weight", "send"]), st.integers(0, 31))
+@settings(max_examples=30, deadline=None)
+def test_no_step_is_shorter_than_its_work_nor_for_slower_work(line: Timeline, name: str, stage: int):
+    """A step takes at least what its fullest rank does, and what one micro-batch needs to pass all stages and back;
+    where one stage takes longer, so does the step, or as long."""
+    ranks = zip(line.bubble_seconds, line.slot_seconds, strict=True)
+    assert all(idle >= 0 and line.step_seconds >= sum(end - start for start, end in spans) for idle, spans in ranks)
+    assert line.step_seconds >= sum(time.forward_seconds + time.backward_input_seconds for time in line.times)
+    field, stage = f"{name}_seconds", stage % line.schedule.n_stages
+    times = [replace(time, overlapped_pair_seconds=None) for time in line.times]
+    slower = replace(times[stage], **{field: getattr(times[stage], field) + 1})
+    before = run_schedule(line.schedule, times=times)
+    after = run_schedule(line.schedule, times=[*times[:stage], slower, *times[stage + 1 :]])
+    assert before.step_seconds <= after.step_seconds <= before.step_seconds + 3 * line.schedule.n_micro_batches
 
 
 def test_an_order_that_cannot_run_is_found():

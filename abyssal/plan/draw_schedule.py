@@ -89,7 +89,8 @@ def draw_schedule(timeline: Timeline, *, width: int = 960, until_seconds: float 
         narrowest = min(time.pair_seconds for time in timeline.times) * scale
         stroke = min(1.0, max(0.3, float(narrowest) / 20))
         parts.append(f'<path class="pair" style="stroke-width:{stroke:.2f}" d="{"".join(shapes["pair"])}"/>')
-    parts += numbers
+    if 2 * len(numbers) >= sum(job.lane == "compute" for job in timeline.jobs):  # a few would say nothing
+        parts += numbers
     return _svg(parts, label=f"{title}. {summary}", width=width, height=bottom + 30)
 
 
@@ -162,7 +163,7 @@ def _legend(shown: list[str], *, y: float, width: int) -> tuple[str, float]:
     """The swatches in as many lines as they need, and the height of those."""
     parts, x, top = [], float(LEFT - 44), y
     for kind in shown:
-        room = 22 + sum(4 if letter in "filrt',- " else 7.3 for letter in LEGEND[kind])
+        room = 22 + sum(4.6 if letter in "filrt',- " else 7.5 for letter in LEGEND[kind])
         if x + room > width - RIGHT:
             x, y = float(LEFT - 44), y + 18
         swatch = {"pair": "", "paler": "forward paler"}.get(kind, kind)
