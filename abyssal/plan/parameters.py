@@ -48,6 +48,10 @@ def weights(config: ModelConfig) -> list[Weight]:
     return [embedding, *layers, *tail, *(w for k in range(config.num_nextn_predict_layers) for w in _mtp(config, k))]
 
 
+def weights_of_layer(config: ModelConfig, layer: int) -> list[Weight]:
+    return list(_block(config, layer, f"layers.{layer}."))
+
+
 def count(config: ModelConfig) -> int:
     """Weights of the main model, MTP left out: 671,026,419,200 for V3."""
     return sum(w.n for w in weights(config) if w.part != "mtp")
