@@ -18,7 +18,9 @@ from abyssal.plan.parameters import Weight, weights_of_layer
 NOT_MUON = ("embed_tokens", "lm_head", "gate.weight")  # as in stages/state.py
 SHORT = 512 * 512  # query-key pairs up to which attention is written out on a CPU, as in model/attention.py
 LOGITS_AT_ONCE = 2  # beside what the loss keeps: its own gradient and the logits'
-MUON_AT_ONCE = 7  # copies of a stack of matrices in Newton-Schulz: momentum's, stacked, scaled, product, result, in FP32
+MUON_AT_ONCE = (
+    7  # copies of a stack of matrices in Newton-Schulz: momentum's, stacked, scaled, product, result, in FP32
+)
 
 
 def layer_kept_bytes(
@@ -47,9 +49,7 @@ def head_kept_bytes(config: ModelConfig, *, n_tokens: int, precision: Precision)
     return _norm(n_tokens, config.hidden_size, wide) + chosen + 4.0 * n_tokens * config.vocab_size + cast
 
 
-def mtp_kept_bytes(
-    config: ModelConfig, *, n_rows: int, row_len: int, precision: Precision, on_cpu: bool
-) -> float:
+def mtp_kept_bytes(config: ModelConfig, *, n_rows: int, row_len: int, precision: Precision, on_cpu: bool) -> float:
     """Of one MTP module: two norms, the joined pair, its block, head and loss."""
     n, wide, d = n_rows * row_len, NUMBER_BYTES[precision], config.hidden_size
     block = layer_kept_bytes(

@@ -143,7 +143,5 @@ def _mean(answers: AnswerLengths | int) -> float:
 
 
 def _torch_operations(config: ModelConfig) -> int:
-    of_layers = (
-        TORCH_OPERATIONS[config.attention, config.is_moe(layer)] for layer in range(config.num_hidden_layers)
-    )
+    of_layers = (TORCH_OPERATIONS[config.attention, config.is_moe(layer)] for layer in range(config.num_hidden_layers))
     return sum(of_layers) + TORCH_OUTSIDE

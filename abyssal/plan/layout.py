@@ -89,6 +89,11 @@ class Layout:
         return self.pp * self.dp * self.cp * self.tp
 
     @property
+    def is_one_device(self) -> bool:
+        """Training as this project does it today, on one device or in replicas that each hold everything."""
+        return self.kernels == "eager" and (self.pp, self.tp, self.cp, self.ep, self.zero) == (1, 1, 1, 1, 0)
+
+    @property
     def n_stages(self) -> int:
         """Pieces that the layers are cut into, one behind the other."""
         return self.pp * self.stages_per_rank if self.schedule != "dualpipe" else self.pp

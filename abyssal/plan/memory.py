@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from abyssal.plan.communication import Group
@@ -36,6 +36,7 @@ class HeldWeights:
     idle: int  # of both, what no optimizer moves: balance biases
     group: Group
     routed_group: Group
+    tensors: tuple[Weight, ...]  # whole, before ranks share them out
 
     @property
     def total(self) -> int:
@@ -47,14 +48,16 @@ class HeldWeights:
         return (self.whole - self.idle) / self.group.size + self.routed / self.routed_group.size
 
 
-def held_weights(tensors: Iterable[Weight], layout: Layout, groups: tuple[Group, Group]) -> HeldWeights:
+def held_weights(tensors: Sequence[Weight], layout: Layout, groups: tuple[Group, Group]) -> HeldWeights:
     whole = routed = idle = 0
     for weight in tensors:
         n = on_rank(weight, tp=layout.tp, ep=layout.ep)
         routed += n if weight.is_routed else 0
         whole += 0 if weight.is_routed else n
         idle += 0 if weight.is_trained else n
-    return HeldWeights(whole=whole, routed=routed, idle=idle, group=groups[0], routed_group=groups[1])
+    return HeldWeights(
+        whole=whole, routed=routed, idle=idle, group=groups[0], routed_group=groups[1], tensors=tuple(tensors)
+    )
 
 
 def rank_memory(

@@ -270,9 +270,7 @@ def _halved(figure: Sourced) -> Sourced:
 
 def _unified() -> list[Published]:
     asked = ServingConfig(prompt_tokens=1024, answer_tokens=512, weights="q4_k_m")
-    point = decode_point(
-        v3(), machine=read_machine("mac_unified"), serving=asked, layout=ServingLayout(), requests=1
-    )
+    point = decode_point(v3(), machine=read_machine("mac_unified"), serving=asked, layout=ServingLayout(), requests=1)
     return [
         Published(
             name="Mac Studio M3 Ultra, V3 in 4 bits: decode", unit="tokens/s", published=20,

@@ -1,102 +1,26 @@
-"""What training takes: seconds of a step by part, memory of each rank by part, and from them hours, cost and advice."""
+"""Training on a machine under a layout: operations become units, units stages, stages a timeline, and that a step.
+
+`plan_training` is the way in; `training_plan.py` holds what it answers, `training_memory.py` what each rank keeps.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from functools import reduce
 
 from abyssal.model.config import ModelConfig
-from abyssal.plan.communication import gradient_groups, ring_seconds, stage_traffic
-from abyssal.plan.layout import NUMBER_BYTES, Layout
+from abyssal.plan.advice import advice_for, bottleneck_of
+from abyssal.plan.communication import stage_traffic
+from abyssal.plan.layout import Layout
 from abyssal.plan.machine_file import MachineSpec, Precision
-from abyssal.plan.memory import HeldWeights, RankMemory, held_weights, rank_memory
 from abyssal.plan.operations import head_operations, layer_operations
-from abyssal.plan.parameters import Weight, weights
+from abyssal.plan.roofline import WorkSeconds
 from abyssal.plan.simulate import StageSeconds, Timeline, simulate
 from abyssal.plan.stage_split import split
+from abyssal.plan.training_memory import held_by_rank, memory_by_rank
+from abyssal.plan.training_plan import StepSeconds, TrainingPlan
 from abyssal.plan.unit_costs import NOTHING, UnitCost, unit_costs, unit_kinds
-
-SECONDS_PER_HOUR = 3600.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepSeconds:
-    """One optimizer step of the busiest rank, by part; the parts add up."""
-
-    compute_seconds: float  # forward, backward and what is computed again
-    exposed_communication_seconds: float  # of experts, tensor and context parallel, as far as nothing hides it
-    bubble_seconds: float
-    gradient_communication_seconds: float  # as far as nothing hides it
-    optimizer_seconds: float
-
-    @property
-    def total_seconds(self) -> float:
-        return sum(getattr(self, f.name) for f in fields(self))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingCost:
-    tokens: float
-    steps: float
-    hours: float
-    device_hours: float
-    cost_usd: float | None  # None: the machine has no price
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingPlan:
-    layout: Layout
-    precision: Precision  # that products are computed in
-    stages: tuple[range, ...]  # units of each stage: embedding, layers, head, MTP modules, counted from 0
-    timeline: Timeline
-    price_usd_per_device_hour: float | None
-    tokens_per_step: int
-    n_micro_batches: int
-    step: StepSeconds
-    flops_per_token: float  # forward and backward; MTP and what is computed again left out (as ISCA 2025, table 2)
-    peak_flops_per_second: float  # of one device, in the precision of the products, from the data sheet
-    memory: tuple[RankMemory, ...]  # by pipeline rank
-    memory_limit_bytes: float  # of one device
-    bottleneck: str
-    advice: str  # what to change, where it does not fit; "" where it does
-
-    @property
-    def step_seconds(self) -> float:
-        return self.step.total_seconds
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of all devices together."""
-        return self.tokens_per_step / self.step_seconds
-
-    @property
-    def flops_per_second_per_device(self) -> float:
-        return self.flops_per_token * self.tokens_per_second / self.layout.n_devices
-
-    @property
-    def mfu(self) -> float:
-        """Share of the data sheet's peak that the model's own FLOP make use of."""
-        return self.flops_per_second_per_device / self.peak_flops_per_second
-
-    @property
-    def peak_memory_bytes(self) -> float:
-        return max(rank.total_bytes for rank in self.memory)
-
-    @property
-    def fits(self) -> bool:
-        return self.peak_memory_bytes <= self.memory_limit_bytes
-
-    def for_tokens(self, tokens: float) -> TrainingCost:
-        hours = tokens / self.tokens_per_second / SECONDS_PER_HOUR
-        device_hours = hours * self.layout.n_devices
-        price = self.price_usd_per_device_hour
-        return TrainingCost(
-            tokens=tokens,
-            steps=tokens / self.tokens_per_step,
-            hours=hours,
-            device_hours=device_hours,
-            cost_usd=None if price is None else price * device_hours,
-        )
+from abyssal.plan.weight_updates import Optimizer, exposed_gradient_seconds, optimizer_seconds
 
 
 def plan_training(
@@ -106,10 +30,34 @@ def plan_training(
     layout: Layout,
     row_len: int,
     batch_rows: int,
-    optimizer: str = "adamw",
+    optimizer: Optimizer = "adamw",
 ) -> TrainingPlan:
     """A step of `batch_rows` rows of `row_len` tokens on all devices that the layout uses."""
-    layout = layout.on(machine)
+
+    def with_layout(other: Layout) -> TrainingPlan:
+        return _planned(
+            config,
+            machine=machine,
+            layout=other.on(machine),
+            row_len=row_len,
+            batch_rows=batch_rows,
+            optimizer=optimizer,
+        )
+
+    plan = with_layout(layout)
+    return plan if plan.fits else replace(plan, advice=advice_for(plan, with_layout))
+
+
+def _planned(
+    config: ModelConfig,
+    *,
+    machine: MachineSpec,
+    layout: Layout,
+    row_len: int,
+    batch_rows: int,
+    optimizer: Optimizer,
+) -> TrainingPlan:
+    """The plan without advice: advice comes from planning with other layouts."""
     n_micro_batches, micro_rows = layout.micro_batches(batch_rows)
     precision = resolve_precision(layout, machine)
     costs = unit_costs(
@@ -133,32 +81,43 @@ def plan_training(
         times=[stage_seconds(cost, machine, layout, send_seconds=send) for cost in stage_costs],
         chunks=layout.chunks,
     )
-    held = _held_by_rank(config, layout, machine, stages)
-    last_backward = min(t.backward_seconds for t in timeline.times)
-    gradients = max(_gradient_seconds(h, layout, machine) for h in held)
-    if layout.overlap_gradient_communication:
-        gradients = max(0.0, gradients - last_backward)
+    held = held_by_rank(config, layout, machine, stages)
     busiest = min(range(layout.pp), key=lambda rank: timeline.bubble_seconds[rank])
     exposed = _exposed_seconds(timeline, stage_costs, layout, busiest, n_micro_batches)
+    busy = reduce(WorkSeconds.plus, (stage_costs[stage].work for stage in layout.stages_of(busiest)), WorkSeconds())
     step = StepSeconds(
         compute_seconds=timeline.step_seconds - timeline.bubble_seconds[busiest] - exposed,
         exposed_communication_seconds=exposed,
         bubble_seconds=timeline.bubble_seconds[busiest],
-        gradient_communication_seconds=gradients,
-        optimizer_seconds=max(_optimizer_seconds(h, layout, machine) for h in held),
+        gradient_communication_seconds=max(
+            exposed_gradient_seconds(
+                of_rank,
+                layout,
+                machine,
+                n_micro_batches=n_micro_batches,
+                micro_batch_seconds=sum(stage_costs[stage].work_seconds for stage in layout.stages_of(rank)),
+            )
+            for rank, of_rank in enumerate(held)
+        ),
+        optimizer_seconds=max(
+            optimizer_seconds(of_rank, layout, machine, optimizer=optimizer, precision=precision) for of_rank in held
+        ),
     )
-    activations = timeline.schedule.most_in_flight([cost.saved_bytes for cost in stage_costs])
-    memory = tuple(
-        rank_memory(
-            rank,
-            layout=layout,
-            held=held[rank],
-            activations_bytes=activations[rank],
-            temporary_bytes=0.0,
-            moments_per_number=2.0,
-        )
-        for rank in range(layout.pp)
+    memory = memory_by_rank(
+        config,
+        held,
+        machine=machine,
+        layout=layout,
+        precision=precision,
+        stages=stages,
+        units=units,
+        activations_bytes=timeline.schedule.most_in_flight([cost.saved_bytes for cost in stage_costs]),
+        accumulated=n_micro_batches > 1,
+        micro_rows=micro_rows,
+        row_len=row_len,
+        optimizer=optimizer,
     )
+    limit_bytes = machine.memory_bytes * machine.usable_memory_share.value
     return TrainingPlan(
         layout=layout,
         precision=precision,
@@ -171,8 +130,8 @@ def plan_training(
         flops_per_token=flops_per_token(config, row_len),
         peak_flops_per_second=machine.peak_flops_per_second[machine.computes_in(precision)],
         memory=memory,
-        memory_limit_bytes=machine.memory_bytes * machine.usable_memory_share.value,
-        bottleneck="",
+        memory_limit_bytes=limit_bytes,
+        bottleneck=bottleneck_of(step, busy),
         advice="",
     )
 
@@ -233,48 +192,6 @@ def _stages(units: list[UnitCost], config: ModelConfig, layout: Layout) -> list[
     costs = [*whole[: len(whole) - n_tail - 1], sum(whole[len(whole) - n_tail - 1 :])]
     stages = split(costs, layout)
     return [*stages[:-1], range(stages[-1].start, len(units))]
-
-
-def _held_by_rank(config: ModelConfig, layout: Layout, machine: MachineSpec, stages: list[range]) -> list[HeldWeights]:
-    """Weights of each pipeline rank. A head that is the embedding table is held on both their stages."""
-    groups = gradient_groups(layout, machine)
-    n_layers = config.num_hidden_layers
-    by_unit: dict[int, list[Weight]] = {}
-    for weight in weights(config):
-        if weight.layer is not None:
-            unit = 1 + weight.layer if weight.layer < n_layers else 2 + weight.layer
-        else:
-            unit = 0 if weight.part == "embedding" else n_layers + 1
-        by_unit.setdefault(unit, []).append(weight)
-    ranks = []
-    for rank in range(layout.pp):
-        held = [w for stage in layout.stages_of(rank) for unit in stages[stage] for w in by_unit.get(unit, [])]
-        names = {w.name for w in held}
-        if config.tie_word_embeddings and "norm.weight" in names and "embed_tokens.weight" not in names:
-            held += by_unit[0]
-        ranks.append(held_weights(held, layout, groups))
-    return ranks
-
-
-def _gradient_seconds(held: HeldWeights, layout: Layout, machine: MachineSpec) -> float:
-    """Gradients are summed over the ranks that hold the same weights, and new weights handed out: a reduce-scatter and
-    an all-gather, whether the optimizer's state is shared out or not."""
-    reduced, gathered = NUMBER_BYTES[layout.gradients], NUMBER_BYTES[layout.weights]
-    return sum(
-        ring_seconds(n * reduced, group, machine) + ring_seconds(n * gathered, group, machine)
-        for n, group in ((held.whole, held.group), (held.routed, held.routed_group))
-    )
-
-
-def _optimizer_seconds(held: HeldWeights, layout: Layout, machine: MachineSpec) -> float:
-    """Passes over memory: the gradients' norm, then AdamW, which reads gradients and reads and writes masters and both
-    moments, writes the weights that products read, and clears all gradients for the next step."""
-    trained = held.total - held.idle
-    n = held.trained_share if layout.zero >= 1 else trained
-    gradient, master = NUMBER_BYTES[layout.gradients], NUMBER_BYTES[layout.master]
-    updated = n * (2 * gradient + 2 * master + 4 * NUMBER_BYTES[layout.moments])
-    written = 0.0 if layout.weights == layout.master else trained * NUMBER_BYTES[layout.weights]
-    return machine.memory_seconds(updated + written + trained * gradient)
 
 
 def _exposed_seconds(

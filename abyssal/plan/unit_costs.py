@@ -34,18 +34,23 @@ class UnitCost:
     forward_exposed_seconds: float
     backward_exposed_seconds: float
     saved_bytes: float
+    largest_bytes: float  # of one operation's result
 
     def plus(self, other: UnitCost) -> UnitCost:
         values: dict[str, Any] = {}
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             values[field.name] = mine.plus(theirs) if isinstance(mine, WorkSeconds) else mine + theirs
-        return UnitCost(**values)
+        return UnitCost(**values | {"largest_bytes": max(self.largest_bytes, other.largest_bytes)})
+
+    @property
+    def work(self) -> WorkSeconds:
+        """Forward and backward, without communication."""
+        return self.forward.plus(self.backward_input).plus(self.backward_weight)
 
     @property
     def work_seconds(self) -> float:
-        """Forward and backward, without communication."""
-        return sum(part.total_seconds for part in (self.forward, self.backward_input, self.backward_weight))
+        return self.work.total_seconds
 
 
 NOTHING = UnitCost(
@@ -58,6 +63,7 @@ NOTHING = UnitCost(
     forward_exposed_seconds=0.0,
     backward_exposed_seconds=0.0,
     saved_bytes=0.0,
+    largest_bytes=0.0,
 )
 
 
@@ -146,6 +152,7 @@ def unit_cost(
         # gathered inputs are not kept but gathered once more for the weights' gradients
         backward_exposed_seconds=tensor_seconds * (1.5 + twice) + ring * (2 + twice),
         saved_bytes=_saved_bytes(operations, layout, config, is_layer=is_layer, precision=precision, n_tokens=tokens),
+        largest_bytes=max(_result_bytes(o) for o in operations),
     )
 
 
@@ -178,6 +185,14 @@ def _ring_seconds(
     passing = context_traffic(config, layout, machine, n_tokens=n_tokens, precision=precision).seconds(machine)
     core = work((o for o in operations if o.kind == "attention"), machine).total_seconds
     return max(0.0, passing - core)
+
+
+def _result_bytes(operation: Operation) -> float:
+    """Of a product exactly; of a pass about half of what it moves."""
+    if operation.kind == "memory":
+        return operation.moved_bytes / 2
+    wide = NUMBER_BYTES[not_fp8(operation.precision)]
+    return wide * operation.groups * operation.rows * operation.outer
 
 
 def _saved_bytes(
