@@ -17,6 +17,7 @@ from abyssal.plan.layout import NUMBER_BYTES, Layout, Schedule
 from abyssal.plan.machine_file import MachineSpec
 from abyssal.plan.parameters import weights
 from abyssal.plan.training import TrainingPlan, plan_training
+from abyssal.plan.weight_updates import Optimizer
 
 SCHEDULES: tuple[Schedule, ...] = ("1f1b", "zb1p", "zbv", "dualpipe", "dualpipev")
 FROM = 3  # of the ways to cut the model, the fastest that are changed further
@@ -71,7 +72,7 @@ def search_layouts(
     base: Layout,
     row_len: int,
     batch_rows: int,
-    optimizer: str = "adamw",
+    optimizer: Optimizer = "adamw",
     on_tried: Callable[[int, int], object] = lambda n_tried, n_about: None,
 ) -> Search:
     """`base` says what is not searched: types of numbers, kernels, cp, the node limit."""
@@ -82,7 +83,13 @@ def search_layouts(
         if layout not in tried:
             try:
                 plan = plan_training(
-                    config, machine=machine, layout=layout, row_len=row_len, batch_rows=batch_rows, optimizer=optimizer
+                    config,
+                    machine=machine,
+                    layout=layout,
+                    row_len=row_len,
+                    batch_rows=batch_rows,
+                    optimizer=optimizer,
+                    advise=False,
                 )
                 tried[layout] = Tried(layout=layout, plan=plan)
             except ValueError as error:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from abyssal.plan.training import SECONDS_PER_HOUR, TrainingPlan
+from abyssal.plan.training_plan import SECONDS_PER_HOUR, TrainingPlan
 
 SECONDS_PER_DAY = 86400.0
 
