@@ -18,6 +18,7 @@ from abyssal.plan.rl_step import FORWARD_SHARE, RlPlan, RlWork, plan_rl
 from abyssal.plan.serving import ServingConfig
 from abyssal.plan.stage_plan import StagePlan, of_training, parts_of
 from abyssal.plan.training import TrainingPlan
+from abyssal.plan.weight_updates import Optimizer
 from abyssal.stages.on_policy import OnPolicyConfig
 from abyssal.stages.plan_pretraining import rows_of_text
 from abyssal.stages.planned_work import DType, assumed_means, base_config, is_one_device, means_of, trained
@@ -65,7 +66,7 @@ def update_of(
     work: RlWork,
     *,
     dtype: DType,
-    optimizer: str,
+    optimizer: Optimizer,
     rows_per_pass: int,
 ) -> TrainingPlan:
     """One optimizer step on drawn answers. On one device they are packed into rows as long as the longest; on a cluster

@@ -11,6 +11,7 @@ from abyssal.model.config import ModelConfig
 from abyssal.plan.layout import Layout
 from abyssal.plan.machine_file import MachineSpec
 from abyssal.plan.training import TrainingPlan, plan_training
+from abyssal.plan.weight_updates import Optimizer
 from abyssal.stages.recipe import Recipe
 
 DType = Literal["auto", "float32", "bfloat16"]  # of a section
@@ -34,7 +35,7 @@ def trained(
     machine: MachineSpec,
     model: ModelConfig,
     *,
-    optimizer: str,
+    optimizer: Optimizer,
     dtype: DType,
     row_len: int,
     rows: int,
