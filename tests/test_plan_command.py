@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from abyssal.commands.plan_command import apart, plan_command
 from abyssal.commands.plan_json import as_json
 from abyssal.commands.plan_page import plan_page
 from abyssal.evals.part_bars import Line, PartRow, part_bars
+from abyssal.machine import resolve_device
 from abyssal.plan.in_words import bytes_text
 from abyssal.plan.layout import Layout
-from abyssal.plan.machine_file import read_machine
+from abyssal.plan.machine_file import machine_toml, read_machine
 from abyssal.plan.search_layouts import search_layouts, ways_to_cut
 from abyssal.plan.stage_plan import RecipePlan
 from abyssal.plan.training import plan_training
+from abyssal.stages.machine_here import machine_here
 from abyssal.stages.plan_recipe import plan_recipe, with_given
 from abyssal.stages.recipe import Recipe, read_recipe
 
@@ -156,7 +159,7 @@ def test_the_search_is_as_good_as_trying_everything(node: Recipe):
 def test_what_fits_nowhere_is_shown_with_the_least_memory():
     config = read_recipe(RUNS / "v3.toml").model
     search = search_layouts(
-        config, machine=read_machine("h200"), base=Layout(precision="bfloat16"), row_len=4096, batch_rows=64
+        config, machine=read_machine("h200"), base=Layout(precision="bfloat16"), row_len=4096, batch_rows=8
     )
     assert not search.fits and search.best[0].plan is not None
     assert search.best[0].plan.peak_memory_bytes > search.best[0].plan.memory_limit_bytes
@@ -178,6 +181,8 @@ def test_options_with_a_dot_are_the_recipes():
         (["runs/nothing.toml"], "recipe runs/nothing.toml does not exist"),
         ([str(RUNS / "node.toml"), "--machine", "abacus"], "abacus.toml does not exist; there are"),
         ([str(RUNS / "node.toml"), "--parallel.pp", "3"], "parallel.pp=3 does not go with schedule='none'"),
+        (["--ram", "128GB"], "--ram 128GB is beside a card; name it with --card 24GB"),
+        (["--card", "many"], "many.toml does not exist"),
         (["v2_lite", "--serve", "--machine", "h200", "--serving.tp", "3"], "serving.tp=3 does not divide"),
     ],
 )
@@ -185,3 +190,52 @@ def test_what_can_be_wrong_is_said_in_one_line(arguments: list[str], said: str):
     with pytest.raises((ValueError, OSError)) as error:
         plan_command(arguments)
     assert said in " ".join(str(error.value).split()) and "\n" not in str(error.value).strip()
+
+
+def test_one_card_and_some_ram_are_answered_in_words_and_one_picture(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    picture, page = tmp_path / "possible.svg", tmp_path / "possible.html"
+    plan_command(["--card", "24GB", "--ram", "128GB", "--picture", str(picture), "--html", str(page)])
+    said = capsys.readouterr().out
+    assert said.startswith("On one RTX 4090 (24 GB) and 128 GB of RAM:")
+    assert all(f"  {word}: " in said for word in ("Pretrain", "Fine-tune", "Distil", "Reinforce", "Serve"))
+    assert picture.read_text().startswith("<svg") and "128 GB of RAM" in page.read_text()
+
+
+def test_shards_are_those_of_the_recipes_layout(capsys: pytest.CaptureFixture[str]):
+    """Over all ranks of V3 the weights that are built, once for each copy, are those of 671B and the MTP module."""
+    plan_command([str(RUNS / "v3.toml"), "--shards", "--json", "--plan.stages", "pretrain"])
+    rows = json.loads(capsys.readouterr().out)["shards"]
+    assert {row["part"] for row in rows} == {"weights", "master", "moments", "gradients"}
+    assert sum(row["n_ranks"] for row in rows if row["part"] == "weights") == 2048
+    assert all(row["built_bytes"] == pytest.approx(row["planned_bytes"], rel=1e-3) for row in rows)
+
+
+def test_the_schedule_is_drawn_where_there_is_a_pipeline(tmp_path: Path):
+    path = tmp_path / "schedule.svg"
+    plan_command([str(RUNS / "v2_lite.toml"), "--picture", str(path)])
+    assert "ZB1P" in path.read_text() and path.read_text().count("rank ") >= 4
+    with pytest.raises(ValueError, match="there is no pipeline to draw; --html draws memory and time"):
+        plan_command([str(RUNS / "node.toml"), "--picture", str(path)])
+
+
+def test_measuring_leaves_the_file_that_plans_go_by(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The benchmark itself has its own test; here a machine stands in for what it would find."""
+    found = replace(read_machine("rtx4090"), name="here", title="a machine of the test")
+
+    def measured(*, threads: int, out: Path, device: str) -> Any:
+        out.parent.mkdir(parents=True)
+        out.write_text(machine_toml(found))
+        return found
+
+    monkeypatch.setenv("ABYSSAL_CACHE", str(tmp_path))
+    monkeypatch.setattr("abyssal.commands.plan_command.measure_machine", measured)
+    plan_command(["--measure"])
+    assert "is written: plans and runs on this machine go by it" in " ".join(capsys.readouterr().out.split())
+    device = resolve_device("auto")
+    here = machine_here(device, torch.get_num_threads())
+    assert str(tmp_path) in here.note and here.spec.title == "a machine of the test"
+    assert here.spec.memory_bytes == here.limit.limit_bytes and here.spec.n_devices == 1

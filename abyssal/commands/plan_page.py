@@ -20,6 +20,7 @@ from abyssal.plan.machine_figures import machine_figures
 from abyssal.plan.machine_file import MachineSpec
 from abyssal.plan.simulate import simulate
 from abyssal.plan.stage_plan import RecipePlan, StagePlan
+from abyssal.plan.training import TrainingPlan
 
 Section = tuple[str, str, Markup]  # anchor, title, body
 NO_HEADER = Markup("")
@@ -187,24 +188,37 @@ def memory_section(plan: RecipePlan) -> Markup:
 
 
 def schedule_section(plan: RecipePlan) -> Markup:
-    """The longest stage's pipeline, drawn to time; of a long step, so few micro-batches that they can be told apart."""
+    """The longest stage's pipeline, drawn to time."""
+    training = plan.longest.training
+    if training is None or not (picture := schedule_picture(plan)):
+        return Markup("")
+    timeline = training.timeline
+    note = (
+        f"{training.n_micro_batches:,} micro-batches of {training.tokens_per_step:,} tokens through "
+        f"{training.layout.pp} ranks: {percent_text(timeline.bubble_share)} of all ranks’ time is bubble, "
+        f"{percent_text(timeline.hidden_share)} of communication is hidden."
+    )
+    if (n_drawn := drawn_of(training)) < training.n_micro_batches:
+        note += f" Drawn with {n_drawn} of them, so its bubble is a larger share."
+    return Markup('<p class="note">{}</p><figure class="full drawn">{}</figure>').format(note, Markup(picture))
+
+
+def schedule_picture(plan: RecipePlan) -> str:
+    """Of the stage that trains the longest; of a long step, so few micro-batches that they can be told apart. "" where
+    there is no pipeline."""
     training = plan.longest.training
     if training is None or training.layout.pp == 1:
-        return Markup("")
+        return ""
     layout, timeline = training.layout, training.timeline
-    n_drawn = min(training.n_micro_batches, max(2 * layout.pp, DRAWN))
-    note = (
-        f"{training.n_micro_batches:,} micro-batches of {training.tokens_per_step:,} tokens through {layout.pp} ranks: "
-        f"{percent_text(timeline.bubble_share)} of all ranks’ time is bubble, {percent_text(timeline.hidden_share)} of "
-        f"communication is hidden."
-    )
-    if n_drawn < training.n_micro_batches:
-        note += f" Drawn with {n_drawn} of them, so its bubble is a larger share."
+    if (n_drawn := drawn_of(training)) < training.n_micro_batches:
         timeline = simulate(
             layout.schedule, n_stages=layout.pp, n_micro_batches=n_drawn, times=timeline.times, chunks=layout.chunks
         )
-    drawing = Markup(draw_schedule(timeline, width=1040))
-    return Markup('<p class="note">{}</p><figure class="full drawn">{}</figure>').format(note, drawing)
+    return draw_schedule(timeline, width=1040)
+
+
+def drawn_of(training: TrainingPlan) -> int:
+    return min(training.n_micro_batches, max(2 * training.layout.pp, DRAWN))
 
 
 def figures_section(machine: MachineSpec) -> Markup:
