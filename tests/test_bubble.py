@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from abyssal.plan.bubble import closed_form
+from abyssal.plan.published_schedules import published_schedules
 from abyssal.plan.schedules import ScheduleName
 from abyssal.plan.simulate import StageSeconds, simulate
 
@@ -119,3 +120,10 @@ def test_too_few_micro_batches_hold_less():
 def test_one_rank_without_a_pipeline_has_no_form():
     assert closed_form("none", n_stages=1, n_micro_batches=4, times=stage(1, 1, 1)) is None
     assert simulate("none", n_stages=1, n_micro_batches=4, times=stage(1, 1, 1)).bubble_seconds == (0,)
+
+
+def test_published_lines_are_exact():
+    """V3's pipeline: 15 x (1 + 2), 15 x (1 + 2 - 2), 7 x (3 + 2 - 3) forwards; 16, 16 and 17 micro-batches held."""
+    lines = published_schedules()
+    assert [line.published for line in lines] == [45, 16, 15, 16, 14, 17]
+    assert all(line.is_exact and line.deviation == 0 for line in lines)

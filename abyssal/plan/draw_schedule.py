@@ -67,7 +67,7 @@ def draw_schedule(timeline: Timeline, *, width: int = 960, until_seconds: float 
         _text(LEFT - 44, TOP + 12, title, "title"),
         _text(LEFT - 44, TOP + 31, summary, "summary"),
         legend,
-        *_axis(span, scale, top=top - 5, bottom=bottom + 4, n_ticks=max(4, width // 110)),
+        *_axis(span, scale, top=top - 5, bottom=bottom + 4, n_ticks=max(4, width // 90)),
     ]
     shapes: dict[str, list[str]] = defaultdict(list)
     numbers: list[str] = []
