@@ -18,6 +18,7 @@ from abyssal.plan.measure_machine import Bench, measure_machine, rounded
 def few_products(monkeypatch: pytest.MonkeyPatch):
     """Otherwise it takes a minute."""
     monkeypatch.setattr(module, "SIZES", (64, 256))
+    monkeypatch.setattr(module, "ENGINE_SHAPES", ((64, 256, 2),))
     monkeypatch.setattr(module, "POOL_BYTES", 4e6)
     monkeypatch.setattr(module, "LEAST_SECONDS", 3e-4)
 

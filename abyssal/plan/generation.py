@@ -81,6 +81,7 @@ def plan_generation(
         raise ValueError(f"{requests} requests are no multiple of {answers_per_prompt} answers to each prompt")
     form = weight_form(machine.computes_in(precision))
     native = machine.kind == "cpu"
+    machine = machine.for_engine
     per_operation = machine.seconds_per_operation.value
 
     def forward(*, rows: float, new_tokens: int, held: float) -> PassSeconds:

@@ -91,6 +91,7 @@ class MachineSpec:
     memory_bytes_per_second: Sourced  # what a pass over memory reaches, reads and writes together
     seconds_per_operation: Sourced  # one more operation costs this beside its work: launch, dispatch
     communication_share: Sourced  # of the compute units, taken by communication that overlaps with computing
+    engine_gemm: tuple[GemmPoint, ...] = ()  # of the engine's own kernels (engine/native.py), where they were measured
     runtime_bytes: Sourced | None = None  # what libraries take for themselves once they compute
     allocator_share: Sourced | None = None  # memory taken from the system for each byte of tensors, holes included
     intra_node: Link | None = None
@@ -127,7 +128,7 @@ class MachineSpec:
             )
         if not self.gemm:
             raise ValueError("gemm has no points; name at least one product and the rate that it reached")
-        for point in self.gemm:
+        for point in (*self.gemm, *self.engine_gemm):
             peak = self.peak_flops_per_second.get(point.precision)
             if peak is None:
                 raise ValueError(f"peak_flops_per_second.{point.precision} is missing, but gemm has points of it")
@@ -161,6 +162,11 @@ class MachineSpec:
             seconds = self._ideal_seconds(precision, shape) / _interpolated(_log(shape), self._reached[precision])
             self._known[key] = max(seconds, 2.0 * math.prod(shape) / fastest)
         return self._known[key]
+
+    @cached_property
+    def for_engine(self) -> MachineSpec:
+        """The same machine as the project's engine finds it: on a CPU its products are in its own C++."""
+        return dataclasses.replace(self, gemm=self.engine_gemm, engine_gemm=()) if self.engine_gemm else self
 
     def memory_seconds(self, n_bytes: float) -> float:
         """Seconds of a pass that reads and writes so many bytes together."""
@@ -211,10 +217,8 @@ def read_machine(name_or_path: str | Path) -> MachineSpec:
         path = MACHINES / f"{name_or_path}.toml"
     content = _content(path)
     try:
-        tables = content.get("gemm", [])
-        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-            raise ValueError("gemm must be tables; write [[gemm]] with precision, source and points")
-        content["gemm"] = [point for table in tables for point in _points_of(table)]
+        content["gemm"] = _points(content, "gemm")
+        content["engine_gemm"] = _points(content, "engine_gemm")
         spec: MachineSpec = from_dict(MachineSpec, {"name": path.stem, **content}, "", whole="a machine")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -224,13 +228,21 @@ def read_machine(name_or_path: str | Path) -> MachineSpec:
 def machine_toml(spec: MachineSpec) -> str:
     """The file of a machine; reading it gives the same machine."""
     content = dataclasses.asdict(spec)
-    tables: dict[tuple[str, str], list[list[float]]] = {}
-    for point in spec.gemm:
-        tables.setdefault((point.precision, point.source), []).append([*_shape(point), point.flops_per_second])
-    content["gemm"] = [
-        {"precision": precision, "source": source, "points": points} for (precision, source), points in tables.items()
-    ]
+    content["gemm"] = _tables(spec.gemm)
+    if spec.engine_gemm:
+        content["engine_gemm"] = _tables(spec.engine_gemm)
+    else:
+        del content["engine_gemm"]
     return table_toml(content)
+
+
+def _tables(points: tuple[GemmPoint, ...]) -> list[dict[str, Any]]:
+    tables: dict[tuple[str, str], list[list[float]]] = {}
+    for point in points:
+        tables.setdefault((point.precision, point.source), []).append([*_shape(point), point.flops_per_second])
+    return [
+        {"precision": precision, "source": source, "points": rows} for (precision, source), rows in tables.items()
+    ]
 
 
 def _content(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -256,11 +268,16 @@ def _content(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _content(below, (path, *above)) | content
 
 
-def _points_of(table: dict[str, Any]) -> list[dict[str, Any]]:
-    read: GemmTable = from_dict(GemmTable, table, "gemm.")
-    names = ("groups", "rows", "inner", "outer", "flops_per_second")
-    shared = {"precision": read.precision, "source": read.source}
-    return [{**shared, **dict(zip(names, point, strict=True))} for point in read.points]
+def _points(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    tables = content.get(name, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ValueError(f"{name} must be tables; write [[{name}]] with precision, source and points")
+    names, points = ("groups", "rows", "inner", "outer", "flops_per_second"), []
+    for table in tables:
+        read: GemmTable = from_dict(GemmTable, table, f"{name}.")
+        shared = {"precision": read.precision, "source": read.source}
+        points += [{**shared, **dict(zip(names, point, strict=True))} for point in read.points]
+    return points
 
 
 def _shape(point: GemmPoint) -> tuple[int, int, int, int]:

@@ -23,9 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from abyssal.engine.native import NativeForward, native_forward
 from abyssal.kernels.grouped import grouped_matmul
 from abyssal.machine import compute_dtype, keep_freed_memory, resolve_device, set_threads
 from abyssal.model.attention import attend, core_dtype
+from abyssal.model.config import ModelConfig
+from abyssal.model.transformer import Transformer
 from abyssal.optim.adamw import AdamW
 from abyssal.plan.machine_file import GemmPoint, MachineSpec, Precision, Sourced, machine_toml
 from abyssal.plan.memory_limit import memory_limit, resident_bytes
@@ -37,6 +40,8 @@ MOST_FLOPS = 1.5e9  # of one product on a CPU; a GPU gets a hundred times as muc
 ROUND_FLOPS = 1e8  # of the products in one go through the pool
 LEAST_SECONDS = 4e-3  # of a timed row of calls
 POOL_BYTES = 48e6  # operands taken in turn: more than the last cache of most CPUs holds
+ENGINE_ROWS = (1, 2, 4, 8, 16, 64)
+ENGINE_SHAPES = ((96, 768, 1), (192, 1536, 40), (384, 3072, 10), (768, 12288, 2))  # inner, outer, how many in turn
 ATTENTION = (2, 320, 6, 56, 40)  # rows, tokens, heads, key width, value width
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -71,9 +76,9 @@ class Bench:
         per_operation, per_call = self.operation_seconds(), self.call_seconds()
         passes = self.memory_bytes_per_second()
         forward, backward = self.attention_flops_per_second()
-        points = list(self.points(per_call))
+        points, of_engine = list(self.points(per_call)), list(self.engine_points())
         peaks: dict[Precision, float] = {}
-        for point in points:
+        for point in (*points, *of_engine):
             peaks[point.precision] = max(peaks.get(point.precision, 0.0), point.flops_per_second)
         return MachineSpec(
             name=platform.node() or "here",
@@ -86,6 +91,7 @@ class Bench:
             peak_flops_per_second=peaks,
             peak_source=f"{self.source}: the fastest product, for want of a data sheet",
             gemm=tuple(points),
+            engine_gemm=tuple(of_engine),
             attention_forward_flops_per_second=self.sourced(forward),
             attention_backward_flops_per_second=self.sourced(backward),
             decode_attention_flops_per_second=self.sourced(forward),
@@ -183,7 +189,7 @@ class Bench:
             y.sum().backward()
             x.grad = None
 
-        return self.seconds(chain) / 40  # 20 forward and 20 backward; the sum is lost among them
+        return self.seconds(chain, repeats=15) / 40  # 20 forward and 20 backward; the sum is lost among them
 
     def call_seconds(self) -> float:
         """The smallest product: what of a larger one's time is the call, which the plan counts by itself."""
@@ -300,6 +306,33 @@ class Bench:
                 grouped_matmul(inputs[k % len(inputs)], weights[k % len(weights)], ends)
 
         return self.seconds(work, repeats=3) / n
+
+    def engine_points(self) -> Iterator[GemmPoint]:
+        """Products of the engine's own C++, as its head makes them: of weights that are packed once and, the last kind
+        apart, come in turn from more memory than a cache holds. Experts are computed one by one, at the same rates."""
+        if self.is_gpu:
+            return
+        empty = self.engine_heads(8, 8, 1)
+        if empty is None:
+            return
+        per_call = self.seconds(lambda: empty[0].logits(torch.ones(1, 8)))
+        for inner, outer, n in ENGINE_SHAPES:
+            heads = self.engine_heads(inner, outer, n)
+            assert heads is not None, "the library was there a moment ago"
+            for rows in ENGINE_ROWS:
+                hidden, turn = torch.randn(rows, inner), itertools.cycle(heads)
+                seconds = self.seconds(lambda: next(turn).logits(hidden), repeats=3)  # noqa: B023
+                for groups in (1, GROUPS):
+                    yield from self.point("float32", groups, rows, inner, outer, groups * seconds, groups * per_call)
+
+    def engine_heads(self, inner: int, outer: int, n: int) -> list[NativeForward] | None:
+        """`n` models of next to nothing but a head of that size; None where there is no library."""
+        config = ModelConfig(
+            vocab_size=outer, hidden_size=inner, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+            head_dim=8, intermediate_size=8, attention="gqa", feed_forward="dense", tie_word_embeddings=True,
+        )  # fmt: skip
+        found = [native_forward(Transformer(config), block_size=16, native=None) for _ in range(n)]
+        return [head for head in found if head is not None] or None
 
     def in_a_round(self, n_inputs: int, n_weights: int, flops: float) -> int:
         most = ROUND_FLOPS * (100 if self.is_gpu else 1)
