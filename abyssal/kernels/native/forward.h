@@ -156,6 +156,10 @@ class Forward {
         std::memcpy(out_R, to, size_t(width) * 4);
     }
 
+    static void keep(const float* out, float* to) {
+        for (int i = 0; i < PANEL; i++) to[i] = rounded<T>(out[i]);
+    }
+
     // Products of all rows, some panels at a time.
     template <class S, class Done>
     void product(Team& team, int thread, const std::vector<const float*>& rows, int64_t n, const Matrix<S>& m, const Done& done) {
@@ -194,7 +198,7 @@ class Forward {
         });
         product(team, thread, joined_rows_, n, module.join, [&](int64_t r, int64_t p, const float* out) {
             float* to = x_.get() + r * whole(D) + p * PANEL;
-            for (int i = 0; i < PANEL; i++) to[i] = rounded<T>(out[i]);
+            keep(out, to);
         });
         layer(pass, team, thread, s.n_layers + step.module, -1);
         finish(pass, team, thread, module.head_norm.get());
@@ -221,7 +225,9 @@ class Forward {
         const int64_t width = shape().vocab_size;
         product(team, thread, wanted_rows_, n, w.head, [&](int64_t r, int64_t p, const float* out) {
             float* to = logits_WV + r * width + p * PANEL;
-            for (int64_t i = 0; i < std::min<int64_t>(PANEL, width - p * PANEL); i++) to[i] = rounded<T>(out[i]);
+            const int64_t left = width - p * PANEL;
+            if (left >= PANEL) keep(out, to);
+            else for (int64_t i = 0; i < left; i++) to[i] = rounded<T>(out[i]);
         });
     }
 
@@ -235,13 +241,13 @@ class Forward {
         });
         product(team, thread, y_rows_, n, l.first, [&](int64_t r, int64_t p, const float* out) {
             float* to = z_.get() + r * z_width() + p * PANEL;
-            for (int i = 0; i < PANEL; i++) to[i] = rounded<T>(out[i]);
+            keep(out, to);
         });
         team.each(thread, n, [&](int64_t i) { enter(pass, l, i, cache + slots_[i] * w.entry_width()); });
         if (s.is_mla && s.q_lora_rank)
             product(team, thread, z_rows_, n, l.q_b, [&](int64_t r, int64_t p, const float* out) {
                 float* to = q_.get() + r * whole(w.query_width()) + p * PANEL;
-                for (int i = 0; i < PANEL; i++) to[i] = rounded<T>(out[i]);
+                keep(out, to);
             });
         attention(pass, team, thread, l, cache);
         auto add = [&](int64_t r, int64_t p, const float* out) {
@@ -411,7 +417,7 @@ class Forward {
             float* y = piece.is_shared ? y_shared_.get() : y_AD_.get() + piece.first_row * ld;
             multiply(piece.rows, piece.n_rows, piece.ffn->down, piece.first, piece.end, [&](int64_t r, int64_t p, const float* out) {
                 float* to = y + r * ld + p * PANEL;
-                for (int j = 0; j < PANEL; j++) to[j] = rounded<T>(out[j]);
+                keep(out, to);
             });
         });
         team.each(thread, n, [&](int64_t i) {

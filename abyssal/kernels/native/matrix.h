@@ -21,7 +21,6 @@ constexpr int PARTS = PANEL / FLOATS;  // vectors of a panel
 constexpr int AHEAD = 24;              // steps of k between asking for a panel's numbers and using them, of one tile alone
 constexpr int MOST_ROWS = 6;           // rows of one tile: what the registers of AVX2 hold
 constexpr int MOST_GROUP = 72;         // rows that pass over the panels together: they stay in the second cache
-constexpr int64_t STRETCH = 256;       // steps of k of a panel: what stays in the nearest cache with the rows' numbers
 
 template <class S>
 class Buffer {
@@ -131,20 +130,20 @@ struct Ahead {
     int64_t bytes, step;
 };
 
-// sums[row][panel][16] of ROWS rows and SIDE panels go on over k from `start` to `end`.
+// out[row][panel][16] of ROWS rows and SIDE panels, as far as the block of sums that begins with `start`.
 template <class T, int ROWS, int SIDE>
-inline void tile(const float* const* rows, const Matrix<T>& w, int64_t first, int64_t start, int64_t end, Ahead ahead, float* sums) {
+inline void tile(const float* const* rows, const Matrix<T>& w, int64_t first, int64_t start, Ahead ahead, float* out) {
     constexpr int V = SIDE * PARTS;
     const float* a[ROWS];
     for (int r = 0; r < ROWS; r++) a[r] = rows[r] + start;
     const T* b[SIDE];
     for (int s = 0; s < SIDE; s++) b[s] = w.panel(first + s) + start * PANEL;
-    const int64_t n = end - start;
+    const int64_t n = std::min(w.block, w.k - start);
     Floats sum[ROWS][V];
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) sum[r][v] = load<Floats>(sums + (r * V + v) * FLOATS);
+        for (int v = 0; v < V; v++) sum[r][v] = Floats{};
 #pragma GCC unroll 2
     for (int64_t i = 0; i < n; i++) {
         for (int s = 0; s < SIDE; s++) __builtin_prefetch(reinterpret_cast<const char*>(b[s]) + ahead.bytes + i * ahead.step);
@@ -158,17 +157,23 @@ inline void tile(const float* const* rows, const Matrix<T>& w, int64_t first, in
             for (int v = 0; v < V; v++) sum[r][v] = fma(x, y[v], sum[r][v]);
         }
     }
+    const float* bias = w.has_bias ? w.bias_N.get() + first * PANEL : nullptr;
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) store(sums + (r * V + v) * FLOATS, sum[r][v]);
+        for (int v = 0; v < V; v++) {
+            float* to = out + (r * V + v) * FLOATS;
+            if (start) sum[r][v] = load<Floats>(to) + sum[r][v];
+            else if (bias) sum[r][v] = load<Floats>(bias + v * FLOATS) + sum[r][v];
+            store(to, sum[r][v]);
+        }
 }
 
 // Any number of rows and of panels that `panels_at_once` gives for it.
 template <class T>
-void tile_of(int64_t n_rows, int side, const float* const* rows, const Matrix<T>& w, int64_t first, int64_t start, int64_t end,
-             Ahead ahead, float* sums) {
-    auto some = [&]<int ROWS, int SIDE>() { tile<T, ROWS, SIDE>(rows, w, first, start, end, ahead, sums); };
+void tile_of(int64_t n_rows, int side, const float* const* rows, const Matrix<T>& w, int64_t first, int64_t start, Ahead ahead,
+             float* out) {
+    auto some = [&]<int ROWS, int SIDE>() { tile<T, ROWS, SIDE>(rows, w, first, start, ahead, out); };
     if (side == 8) return some.template operator()<1, 8>();
     if (side == 4) return some.template operator()<1, 4>();
     switch (n_rows * 2 + side - 1) {
@@ -214,35 +219,22 @@ void multiply_in_four_lanes(const float* const* rows, int64_t n_rows, const Matr
         }
 }
 
-// Some rows times some panels. A stretch of a panel is read from memory once, by the first tile, and stays in the nearest
-// cache for the others; each of them asks for its share of the stretch that comes next, so that memory never waits.
+// Some rows times some panels. A block of a panel is read from memory once, by the first tile, and stays in the nearest
+// cache for the others; each of them asks for its share of what comes next, so that memory never waits.
 template <class T, class Done>
 void multiply_group(const float* const* rows, int64_t n_rows, const Matrix<T>& w, int64_t first, int64_t end, const Done& done) {
     const int64_t n_tiles = (n_rows + MOST_ROWS - 1) / MOST_ROWS;
-    alignas(64) float sums[MOST_GROUP * 2 * PANEL], out[MOST_GROUP * 2 * PANEL];
+    constexpr int64_t LINE = PANEL * sizeof(T);
+    alignas(64) float out[MOST_GROUP * 2 * PANEL];
     while (first < end) {
         const int side = panels_at_once(n_rows, end - first);
-        const int64_t width = side * PANEL;
-        for (int64_t block = 0; block < w.k; block += w.block) {
-            const int64_t block_end = std::min(block + w.block, w.k), n = block_end - block;
-            const int64_t n_stretches = n_tiles == 1 ? 1 : (n + STRETCH - 1) / STRETCH;
-            std::fill_n(sums, n_rows * width, 0.0f);
-            for (int64_t s = 0; s < n_stretches; s++) {
-                const int64_t start = block + n * s / n_stretches, stop = block + n * (s + 1) / n_stretches;
-                const int64_t line = PANEL * sizeof(T), share = line / n_tiles + (n_tiles > 1);
-                for (int64_t t = 0; t < n_tiles; t++) {
-                    const int64_t row = n_rows * t / n_tiles, count = n_rows * (t + 1) / n_tiles - row;
-                    const int64_t bytes = n_tiles == 1 ? AHEAD * line : (stop - start) * (line + t * share);
-                    tile_of<T>(count, side, rows + row, w, first, start, stop, {bytes, share}, sums + row * width);
-                }
+        for (int64_t start = 0; start < w.k; start += w.block) {
+            const int64_t share = LINE / n_tiles + (n_tiles > 1), n = std::min(w.block, w.k - start);
+            for (int64_t t = 0; t < n_tiles; t++) {
+                const int64_t row = n_rows * t / n_tiles, count = n_rows * (t + 1) / n_tiles - row;
+                const int64_t bytes = n_tiles == 1 ? AHEAD * LINE : n * (LINE + t * share);
+                tile_of<T>(count, side, rows + row, w, first, start, {bytes, share}, out + row * side * PANEL);
             }
-            for (int64_t r = 0; r < n_rows; r++)
-                for (int64_t i = 0; i < width; i += FLOATS) {
-                    Floats sum = load<Floats>(sums + r * width + i);
-                    if (block) sum = load<Floats>(out + r * width + i) + sum;
-                    else if (w.has_bias) sum = load<Floats>(w.bias_N.get() + first * PANEL + i) + sum;
-                    store(out + r * width + i, sum);
-                }
         }
         for (int64_t r = 0; r < n_rows; r++)
             for (int s = 0; s < side; s++) done(r, first + s, out + (r * side + s) * PANEL);
