@@ -13,15 +13,18 @@ from abyssal.model.config import ModelConfig
 from abyssal.plan.answer_lengths import AnswerLengths
 from abyssal.plan.inference_time import PassSeconds, forward_operations, operations_seconds
 from abyssal.plan.machine_file import MachineSpec, Precision
+from abyssal.plan.operation import Operation
 from abyssal.plan.served_weights import served_weights
 from abyssal.plan.weight_forms import weight_form
 
-# Beside the native forward, in operations: counted on an EPYC of 2 cores with a model of 3M, one thread, at 1 to 64
-# requests: 456 us a greedy step, 817 us where ids are drawn, 0.9 ms a request, 7.9 us an operation (November 2026)
-STEP_OPERATIONS, DRAW_OPERATIONS, REQUEST_OPERATIONS = 58, 45, 114
+# Beside the native forward, in operations: measured on an EPYC of 2 cores with a model of 3M, one thread, at 1 to 64
+# requests: 226 us a greedy step, 389 us more where ids are drawn, 0.64 ms a request; 9.8 us an operation (11/2026)
+STEP_OPERATIONS, DRAW_OPERATIONS, REQUEST_OPERATIONS = 23, 40, 66
 # Operations of a decoding step in plain torch, counted by a dispatch mode (torch 2.13): of one layer, and outside
 TORCH_OPERATIONS = {("mla", True): 163, ("mla", False): 95, ("gqa", False): 82, ("gqa", True): 150}
 TORCH_OUTSIDE = 31
+PASS_TOKENS = 256  # of a native pass (kernels/native/forward.h)
+PREFILL_TOKENS = 8192  # of a step in plain torch (engine/engine.py)
 FEW = 0.1  # of the answers: with no more running, a batch is in its tail
 DRAW_PASSES = 6  # over B x V numbers in FP32: log-softmax, softmax and the sums that an id is drawn by
 
@@ -40,6 +43,7 @@ class GenerationPlan:
     packed_bytes: float  # the native path's copy of them; elsewhere a copy in BF16, where that is computed in
     cache_bytes: float  # as far as it is written to
     logits_bytes: float  # of the largest step, with what is drawn from them
+    working_bytes: float  # hidden states and results of the largest pass
     first_step: PassSeconds
 
     @property
@@ -53,7 +57,7 @@ class GenerationPlan:
 
     @property
     def memory_bytes(self) -> float:
-        return self.weights_bytes + self.packed_bytes + self.cache_bytes + self.logits_bytes
+        return self.weights_bytes + self.packed_bytes + self.cache_bytes + self.logits_bytes + self.working_bytes
 
     @property
     def bottleneck(self) -> str:
@@ -89,6 +93,8 @@ def plan_generation(
             config, form=form, mode="decode", n_rows=max(1, round(rows)), new_tokens=new_tokens,
             cached_tokens=round(held), cache_bytes_per_number=form.bytes_per_weight,
         )  # fmt: skip
+        if native:  # an expert's rows are a product like any other
+            operations = [(n * (o.groups if o.kind == "grouped_gemm" else 1), _one_group(o)) for n, o in operations]
         seconds = operations_seconds(operations, machine=machine, form=form, mode="decode")
         calls = 0 if native else _torch_operations(config)
         return replace(seconds, launches_seconds=calls * per_operation)
@@ -114,7 +120,7 @@ def plan_generation(
     weights = served_weights(config, form=weight_form("float32"), with_drafts=True).total_bytes
     itemsize = form.bytes_per_weight / 4
     held_tokens = prompts * prompt_tokens + requests * _mean(answers)
-    n_layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    largest_pass = min(PASS_TOKENS if native else PREFILL_TOKENS, max(prompts * prompt_tokens, requests))
     return GenerationPlan(
         requests=requests,
         drawn_tokens=drawn,
@@ -124,9 +130,19 @@ def plan_generation(
         tail_seconds=tail_seconds,
         weights_bytes=weights,
         packed_bytes=weights * itemsize if native or itemsize < 1 else 0.0,
-        cache_bytes=form.bytes_per_weight * held_tokens * config.cache_width * n_layers,
+        cache_bytes=form.bytes_per_weight * held_tokens * config.cache_width * config.num_hidden_layers,
         logits_bytes=4.0 * requests * config.vocab_size * (2 if greedy else 4),
+        working_bytes=4.0 * largest_pass * _pass_width(config),
         first_step=first,
+    )
+
+
+def _one_group(operation: Operation) -> Operation:
+    if operation.kind != "grouped_gemm":
+        return operation
+    share = 1 / operation.groups
+    return replace(
+        operation, kind="gemm", groups=1, flops=share * operation.flops, moved_bytes=share * operation.moved_bytes
     )
 
 
@@ -141,6 +157,19 @@ def _steps(answers: AnswerLengths | int, requests: int) -> list[tuple[float, flo
 
 def _mean(answers: AnswerLengths | int) -> float:
     return answers.mean_tokens if isinstance(answers, AnswerLengths) else float(answers)
+
+
+def _pass_width(config: ModelConfig) -> int:
+    """Numbers that one token has in the buffers of a pass (kernels/native/forward.h)."""
+    d, heads, chosen = config.hidden_size, config.num_attention_heads, config.num_experts_per_tok
+    if config.attention == "mla":
+        first = (config.q_lora_rank or heads * config.qk_head_dim) + config.cache_width
+        attention = first + heads * (config.qk_head_dim + config.v_head_dim)
+    else:
+        attention = (2 * heads + 2 * config.num_key_value_heads) * config.head_dim
+    dense = max(config.intermediate_size, config.n_shared_experts * config.moe_intermediate_size)
+    routed = chosen * (config.moe_intermediate_size + d) + d if config.feed_forward == "moe" else 0
+    return 3 * d + attention + dense + routed
 
 
 def _torch_operations(config: ModelConfig) -> int:

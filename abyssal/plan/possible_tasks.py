@@ -80,6 +80,7 @@ def trainings(config: ModelConfig, machine: MachineSpec) -> list[TrainingPlan]:
             layout=Layout(dp=n, zero=3 if n > 1 else 0, micro_rows=micro_rows),
             row_len=min(ROW_LEN, config.max_position_embeddings),
             batch_rows=BATCH_ROWS * n,
+            advise=False,
         )
         for micro_rows in MICRO_ROWS
     ]
