@@ -7,6 +7,7 @@ devices, before the same devices train (R1, supplementary section on infrastruct
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from abyssal.model.config import ModelConfig
@@ -59,8 +60,10 @@ class RlWork:
 
     @property
     def trained_tokens(self) -> float:
-        """Prompts are part of each answer's row."""
-        return self.learnable_share * self.n_answers * (self.prompt_tokens + self.lengths.mean_tokens)
+        """Prompts are part of each answer's row, and rows of like length are as wide as the longest, in eights
+        (stages/policy_update.py)."""
+        width = 8 * math.ceil((self.prompt_tokens + self.lengths.mean_tokens) / 8)
+        return self.learnable_share * self.n_answers * width
 
 
 @dataclass(frozen=True, kw_only=True)
