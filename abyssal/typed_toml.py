@@ -103,6 +103,8 @@ def _literal(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    if isinstance(value, list | tuple) and len(value) > 1 and all(isinstance(item, list | tuple) for item in value):
+        return "[\n" + "".join(f"    {_literal(item)},\n" for item in value) + "]"  # a table of numbers, line by line
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_literal(item) for item in value) + "]"
     return repr(value)
