@@ -74,17 +74,19 @@ def test_backward_is_two_products_of_the_same_size():
 
 @pytest.mark.parametrize(("tp", "cp"), [(8, 1), (1, 4), (2, 2)])
 def test_ranks_do_the_whole_work_between_them(tp: int, cp: int):
-    """Attention, dense feed-forward, head: nothing is computed twice but MLA's down-projections under tp."""
+    """Attention, dense feed-forward, head: of MLA alone is something done more than once, latents under tp and what is
+    projected up from them under cp."""
     config = replace(v3(), q_lora_rank=None, vocab_size=129_024)
     shape = {"n_rows": 2, "new_tokens": 1024, "precision": "bfloat16"}
-    twice = 2 * 2048 * 7168 * 576  # the latent and the rotated key, on each of tp ranks
-    for work in (
-        lambda **cut: layer_operations(config, 0, **shape, **cut),
-        lambda **cut: head_operations(config, **shape, **cut),
-    ):
-        whole = flops_of(work())
-        shared = flops_of(work(tp=tp, cp=cp)) * tp * cp
-        assert shared - whole == pytest.approx(0) or shared - whole == pytest.approx((tp - 1) * twice, rel=1e-6)
+    down = 2 * 2048 * 7168 * 576  # latent and rotated key
+    up = 2 * 2048 * 512 * 128 * (128 + 128)
+    whole, cut = (flops_of(layer_operations(config, 0, **shape, **ranks)) for ranks in ({}, {"tp": tp, "cp": cp}))
+    assert cut * tp * cp == pytest.approx(whole + (tp - 1) * down + (cp - 1) * up)
+    whole, cut = (flops_of(head_operations(config, **shape, **ranks)) for ranks in ({}, {"tp": tp, "cp": cp}))
+    assert cut * tp * cp == pytest.approx(whole)
+    config = r1_distill_llama_8b()
+    whole, cut = (flops_of(layer_operations(config, 0, **shape, **ranks)) for ranks in ({}, {"tp": tp, "cp": cp}))
+    assert cut * tp * cp == pytest.approx(whole)
 
 
 def test_an_mtp_module_is_a_projection_a_block_and_the_head():

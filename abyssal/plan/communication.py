@@ -113,15 +113,12 @@ def tensor_traffic(
 def context_traffic(
     config: ModelConfig, layout: Layout, machine: MachineSpec, *, n_tokens: float, precision: Precision
 ) -> Traffic:
-    """One layer forward: keys and values of the other cp ranks pass by in a ring. (Liu et al. 2023, ring attention)
-    Backward passes them again, and their gradients."""
+    """One layer forward: keys and values of the other cp ranks pass by in a ring (Liu et al. 2023, ring attention); of
+    MLA the latents, from which each rank makes its heads' own. Backward passes them again, and their gradients."""
     if layout.cp == 1:
         return Traffic()
-    if config.attention == "mla":
-        width = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
-    else:
-        width = config.cache_width
-    sent = NUMBER_BYTES[not_fp8(precision)] * n_tokens * (width / layout.tp) * (layout.cp - 1)
+    width = config.cache_width / (1 if config.attention == "mla" else layout.tp)
+    sent = NUMBER_BYTES[not_fp8(precision)] * n_tokens * width * (layout.cp - 1)
     across_nodes = layout.cp * layout.tp > machine.devices_per_node
     return Traffic(sent if across_nodes else 0.0, 0.0 if across_nodes else sent, layout.cp - 1)
 

@@ -161,10 +161,11 @@ def _mla(config: ModelConfig, of: OperationWriter, *, mode: Mode, cache_bytes_pe
     else:
         # of a query only the rotated part is touched; a key is put together from its own part and the shared one
         assembled = n * heads * (2 * rope + (2 * nope + 2 * rope))
-        cached = of.batch.n_rows * of.batch.cached_tokens
+        # latents of other context parallel ranks are projected up here as well
+        more = of.batch.n_rows * of.batch.cached_tokens + (of.batch.cp - 1) * n
         operations += [
             *of.quantise("kv_latent", "attention", latent),
-            of.product("kv_b_proj", "attention", latent, heads * (nope + value), saved="input", more_rows=cached),
+            of.product("kv_b_proj", "attention", latent, heads * (nope + value), saved="input", more_rows=more),
             of.memory("rope", "attention", wide * assembled, backward_bytes=wide * assembled, recomputed=True),
             of.core(heads=heads, kv_heads=heads, key=nope + rope, value=value, made_again=True),
         ]

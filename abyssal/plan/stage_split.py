@@ -6,6 +6,7 @@ Stages are contiguous and none is empty. Owns no times: it is told what each uni
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 from abyssal.plan.layout import Layout
@@ -22,17 +23,21 @@ def split(costs: Sequence[float], layout: Layout) -> list[range]:
             f"parallel: {layout.n_stages} stages are more than embedding, layers and head together ({len(costs)}); "
             f"use less pp or chunks"
         )
-    sums = [0.0, *accumulate(costs)]
-    n = layout.n_stages
-    low, high = sums[-1] / n, 2 * sums[-1]
-    if layout.schedule not in ("dualpipe", "dualpipev", "zbv"):
-        cuts = _lightest(lambda most: _one_way(sums, n, most), low, high)[0]
-    else:
-        _, fullest = _lightest(lambda most: _from_both_ends(sums, n // 2, most, most), 2 * low, high)
-        # of the cuts that are about as good, the one with the lightest single stage: the two of a rank run as pairs
-        enough = fullest * (1 + ALIKE)
-        cuts, _ = _lightest(lambda most: _from_both_ends(sums, n // 2, enough, most), low, enough)
+    from_both_ends = layout.schedule in ("dualpipe", "dualpipev", "zbv")
+    cuts = _cuts(tuple(costs), layout.n_stages, from_both_ends)
     return [range(start, end) for start, end in zip([0, *cuts], [*cuts, len(costs)], strict=True)]
+
+
+@lru_cache(maxsize=64)  # plans of one model under many batches and layouts ask for the same again and again
+def _cuts(costs: tuple[float, ...], n: int, from_both_ends: bool) -> list[int]:
+    sums = [0.0, *accumulate(costs)]
+    low, high = sums[-1] / n, 2 * sums[-1]
+    if not from_both_ends:
+        return _lightest(lambda most: _one_way(sums, n, most), low, high)[0]
+    _, fullest = _lightest(lambda most: _from_both_ends(sums, n // 2, most, most), 2 * low, high)
+    # of the cuts that are about as good, the one with the lightest single stage: the two of a rank run as pairs
+    enough = fullest * (1 + ALIKE)
+    return _lightest(lambda most: _from_both_ends(sums, n // 2, enough, most), low, enough)[0]
 
 
 def _lightest(attempt: Callable[[float], list[int] | None], low: float, high: float) -> tuple[list[int], float]:

@@ -141,14 +141,13 @@ def _planned(
 def flops_per_token(config: ModelConfig, row_len: int) -> float:
     """Forward and twice that backward, of rows of `row_len` tokens; MTP and recomputation left out. V3 at 4,096: 250e9,
     as ISCA 2025, table 2 counts."""
-    layers = [
-        layer_operations(config, layer, n_rows=1, new_tokens=row_len, precision="bfloat16")
-        for layer in range(config.num_hidden_layers)
-    ]
-    operations = [o for layer in layers for o in layer] + head_operations(
-        config, n_rows=1, new_tokens=row_len, precision="bfloat16"
-    )
-    return 3 * sum(o.flops for o in operations) / row_len
+    operations = head_operations(config, n_rows=1, new_tokens=row_len, precision="bfloat16")
+    flops = sum(o.flops for o in operations)
+    for layer in {config.is_moe(layer): layer for layer in range(config.num_hidden_layers)}.values():  # one of a kind
+        alike = sum(config.is_moe(other) == config.is_moe(layer) for other in range(config.num_hidden_layers))
+        operations = layer_operations(config, layer, n_rows=1, new_tokens=row_len, precision="bfloat16")
+        flops += alike * sum(o.flops for o in operations)
+    return 3 * flops / row_len
 
 
 def resolve_precision(layout: Layout, machine: MachineSpec) -> Precision:
