@@ -22,7 +22,7 @@ from abyssal.commands.plan_page import Section, page_of, plan_page, schedule_pic
 from abyssal.commands.plan_possible import possible_section, print_possible
 from abyssal.commands.plan_search import print_search, search_answer, search_section
 from abyssal.commands.plan_serving import print_serving, served_from, serving_answer, serving_section
-from abyssal.commands.plan_shards import print_shards, shards_of, shards_section
+from abyssal.commands.plan_shards import print_shards, shards_section
 from abyssal.commands.plan_tables import print_plan, print_published
 from abyssal.machine import resolve_device, set_threads
 from abyssal.model.presets import PRESETS
@@ -33,6 +33,7 @@ from abyssal.plan.machine_figures import machine_figures
 from abyssal.plan.machine_file import MachineSpec
 from abyssal.plan.measure_machine import measure_machine
 from abyssal.plan.possible import possible
+from abyssal.plan.rank_shards import all_shards
 from abyssal.plan.serving import ServingConfig, ServingLayout
 from abyssal.stages.machine_here import machine_here, measured_file
 from abyssal.stages.plan_recipe import plan_recipe, served_config, with_given
@@ -136,10 +137,10 @@ def about_recipe(path: str, options: PlanOptions, overrides: list[str], answers:
     if options.shards:
         if trained is None:
             raise ValueError("--shards are of `pretrain`, which plan.stages leaves out; add it")
-        rows = shards_of(base_config(recipe), trained)
-        answers.for_programs["shards"] = rows
-        answers.sections.append(("shards", "Shards", shards_section(rows)))
-        print_shards(rows, console)
+        shards = all_shards(base_config(recipe), trained, optimizer=recipe.pretrain.optimizer)
+        answers.for_programs["shards"] = shards
+        answers.sections.append(("shards", "Shards", shards_section(shards)))
+        print_shards(shards, console)
     if options.serve:
         config = served_config(recipe)
         serving = served_from(options.serving, config)

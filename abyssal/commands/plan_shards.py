@@ -9,17 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 from abyssal.evals.page_tables import table_of
-from abyssal.model.config import ModelConfig
 from abyssal.plan.in_words import bytes_text, deviation_text
-from abyssal.plan.rank_shards import Sharding, ShardRow, shard_rows
-from abyssal.plan.training import TrainingPlan
+from abyssal.plan.rank_shards import AllShards, ShardRow
 
 TITLES = ("ranks", "pipeline ranks", "hold", "part", "built", "planned", "plan")
 
 
-def shards_of(config: ModelConfig, plan: TrainingPlan) -> list[ShardRow]:
-    """A row a class of ranks and part of memory. The shards are those of `plan`'s stages and layout."""
-    return shard_rows(Sharding(config, layout=plan.layout, stages=plan.stages).classes(), plan.memory)
+def together(shards: AllShards) -> str:
+    """What all ranks hold, in a sentence."""
+    ranks = "One rank holds" if shards.n_ranks == 1 else f"{shards.n_ranks:,} ranks hold"
+    mtp = f", and {shards.n_mtp_weights:,} of MTP modules" if shards.n_mtp_weights else ""
+    return f"{ranks} {shards.n_weights:,} weights{mtp}, each counted once."
 
 
 def cells(rows: Sequence[ShardRow]) -> list[list[str]]:
@@ -34,19 +34,22 @@ def cells(rows: Sequence[ShardRow]) -> list[list[str]]:
     return table
 
 
-def print_shards(rows: Sequence[ShardRow], console: Console) -> None:
+def print_shards(shards: AllShards, console: Console) -> None:
     console.print("\n[bold]shards[/bold], built on the meta device, in bytes of one rank")
+    console.print(together(shards), highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for title in TITLES:
         table.add_column(title, justify="left" if title in ("hold", "part") else "right")
-    for row in cells(rows):
+    for row in cells(shards.rows):
         table.add_row(*row)
     console.print(table)
 
 
-def shards_section(rows: Sequence[ShardRow]) -> Markup:
+def shards_section(shards: AllShards) -> Markup:
     note = "Names and shapes are those of the model itself, cut as the layout says; nothing of it is in memory."
-    return Markup('<p class="note">{}</p>{}').format(note, table_of(list(TITLES), cells(rows)))
+    return Markup('<p class="note">{} {}</p>{}').format(
+        together(shards), note, table_of(list(TITLES), cells(shards.rows))
+    )
 
 
 def spans(ranks: Sequence[int]) -> str:

@@ -31,8 +31,8 @@ def published_schedules() -> list[Published]:
             inputs=f"{inputs}, F = W = B/2",
         )
         activations = Published(
-            name=f"{name}: activations held",
-            unit="micro-batches of a stage",
+            name=f"{name}: most activations held",
+            unit="micro-batches",
             published=form.peak_activations,
             planned=max(line.schedule.most_in_flight()),
             kind="arithmetic",

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
+from abyssal.plan.eager_memory import is_muon
 from abyssal.plan.layout import Layout
 from abyssal.plan.machine_file import Precision
 from abyssal.plan.memory import RankMemory
 from abyssal.plan.parameters import Weight, weights
+from abyssal.plan.training_plan import TrainingPlan
+from abyssal.plan.weight_updates import Optimizer
 
 DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
@@ -58,12 +61,12 @@ class Piece(NamedTuple):
 class RankShard:
     """What one rank holds, as tensors on meta. Optimizer state is flat: a share of its numbers laid end to end.
 
-    `owned` are the numbers whose optimizer state lies here: of what is not experts, and of experts.
+    `owned` are the numbers whose optimizer state lies here, of each kind of `Held`.
     """
 
     pieces: tuple[Piece, ...]
     tensors: dict[Part, tuple[Tensor, ...]]
-    owned: tuple[range, range]
+    owned: tuple[range, range, range]
 
     def part_bytes(self, part: Part) -> int:
         return sum(tensor.nbytes for tensor in self.tensors[part])
@@ -90,26 +93,38 @@ class ShardRow(NamedTuple):
     planned_bytes: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class AllShards:
+    """Every rank's shard by class and part, and the numbers that they are together, each counted once."""
+
+    n_ranks: int
+    n_weights: int  # of the main model
+    n_mtp_weights: int
+    rows: tuple[ShardRow, ...]
+
+
 class Held(NamedTuple):
-    """What of the model's weights a rank computes with, and how many numbers of them are trained."""
+    """What of the model's weights a rank computes with, and how many numbers it trains, by what becomes of their state:
+    AdamW's, and Muon's, both without experts, and experts'."""
 
     pieces: tuple[Piece, ...]
-    n_trained: int  # without experts
-    n_trained_experts: int
+    n_adamw: int
+    n_muon: int
+    n_experts: int
 
 
 class Sharding:
     """A model laid over ranks. `stages` are ranges of units: embedding, layers, last norm and head, MTP modules."""
 
     def __init__(
-        self, config: ModelConfig, *, layout: Layout, stages: Sequence[range], moments_per_number: int = 2
+        self, config: ModelConfig, *, layout: Layout, stages: Sequence[range], optimizer: Optimizer = "adamw"
     ) -> None:
         if not layout.dp:
             raise ValueError("parallel.dp is not filled in; use layout.on(machine)")
         if len(stages) != layout.n_stages:
             raise ValueError(f"{len(stages)} stages were split, the layout has {layout.n_stages}; split anew")
         self.config, self.layout, self.stages = config, layout, stages
-        self.moments_per_number = moments_per_number
+        self.optimizer = optimizer
         with torch.device("meta"):
             self.state: dict[str, Tensor] = Transformer(config).state_dict()
         self.cuts: dict[str, Weight] = {weight.name: weight for weight in weights(config)}
@@ -144,13 +159,12 @@ class Sharding:
         key = (stages, place.tensor, place.expert)
         if key not in self.known:
             pieces = tuple(self._pieces(stages, tensor=place.tensor, expert=place.expert))
-            sizes = [0, 0]
+            sizes = [0, 0, 0]
             for piece in pieces:
-                if self.cuts[piece.name].is_trained:
-                    whole = self.state[piece.name]
-                    sizes[self.cuts[piece.name].is_routed] += (
-                        whole.numel() // whole.shape[piece.dim] * (piece.end - piece.start)
-                    )
+                cut, whole = self.cuts[piece.name], self.state[piece.name]
+                if cut.is_trained:
+                    kind = 2 if cut.is_routed else int(self.optimizer == "muon" and is_muon(cut))
+                    sizes[kind] += whole.numel() // whole.shape[piece.dim] * (piece.end - piece.start)
             self.known[key] = Held(pieces, *sizes)
         return self.known[key]
 
@@ -171,14 +185,15 @@ class Sharding:
     def tensor(self, piece: Piece) -> Tensor:
         return self.state[piece.name].narrow(piece.dim, piece.start, piece.end - piece.start)
 
-    def owned(self, place: Place) -> tuple[range, range]:
-        """Numbers whose optimizer state lies on the rank, of all that it trains: without experts, and experts."""
-        _, n_trained, n_trained_experts = self.held(place)
+    def owned(self, place: Place) -> tuple[range, range, range]:
+        """Numbers whose optimizer state lies on the rank, of each kind that it trains."""
+        _, n_adamw, n_muon, n_experts = self.held(place)
         if not self.layout.zero:
-            return range(n_trained), range(n_trained_experts)
+            return range(n_adamw), range(n_muon), range(n_experts)
         return (
-            range(*_share(n_trained, place.copy, self.n_copies)),
-            range(*_share(n_trained_experts, place.expert_copy, self.n_expert_copies)),
+            range(*_share(n_adamw, place.copy, self.n_copies)),
+            range(*_share(n_muon, place.copy, self.n_copies)),
+            range(*_share(n_experts, place.expert_copy, self.n_expert_copies)),
         )
 
     def build(self, place: Place) -> RankShard:
@@ -187,13 +202,14 @@ class Sharding:
         trained = [self.tensor(piece) for piece in pieces if self.cuts[piece.name].is_trained]
         idle = [self.tensor(piece) for piece in pieces if not self.cuts[piece.name].is_trained]
         share = [torch.empty(len(numbers), device="meta") for numbers in owned]
+        second = share[:1] if self.optimizer == "muon" else share  # Muon keeps its momentum alone
         return RankShard(
             pieces=pieces,
             owned=owned,
             tensors={
                 "weights": typed((share if layout.zero >= 3 else trained) + idle, layout.weights),
                 "master": typed(share if layout.master != layout.weights else [], layout.master),
-                "moments": typed(share * self.moments_per_number, layout.moments),
+                "moments": typed(share + second, layout.moments),
                 "gradients": typed(share if layout.zero >= 2 else trained, layout.gradients),
             },
         )
@@ -203,8 +219,8 @@ class Sharding:
         alike: dict[tuple[object, ...], list[Place]] = {}
         for place in self.places():
             shapes = tuple((piece.name, piece.end - piece.start) for piece in self.held(place).pieces)
-            n_owned, n_owned_experts = (len(numbers) for numbers in self.owned(place))
-            alike.setdefault((shapes, n_owned, n_owned_experts), []).append(place)
+            n_owned = tuple(len(numbers) for numbers in self.owned(place))
+            alike.setdefault((shapes, n_owned), []).append(place)
         return [
             ShardClass(
                 n_ranks=len(places),
@@ -238,9 +254,23 @@ class Sharding:
         return ", ".join(words)
 
 
-def shard_rows(classes: Sequence[ShardClass], memory: Sequence[RankMemory]) -> list[ShardRow]:
+def all_shards(config: ModelConfig, plan: TrainingPlan, *, optimizer: Optimizer = "adamw") -> AllShards:
+    """Those of a plan's stages and layout, beside the memory that it counts by formulas."""
+    if plan.layout.is_one_device:
+        raise ValueError("every device holds the whole model; shards need parallel.pp, ep, tp, cp or zero to cut it")
+    sharding = Sharding(config, layout=plan.layout, stages=plan.stages, optimizer=optimizer)
+    n_weights, n_mtp_weights = sharding.n_weights()
+    return AllShards(
+        n_ranks=plan.layout.n_devices,
+        n_weights=n_weights,
+        n_mtp_weights=n_mtp_weights,
+        rows=shard_rows(sharding.classes(), plan.memory),
+    )
+
+
+def shard_rows(classes: Sequence[ShardClass], memory: Sequence[RankMemory]) -> tuple[ShardRow, ...]:
     """Bytes a rank of every class by part, built beside planned. `memory` is a plan's, by pipeline rank."""
-    return [
+    return tuple(
         ShardRow(
             one.n_ranks,
             one.pipeline_ranks,
@@ -251,7 +281,7 @@ def shard_rows(classes: Sequence[ShardClass], memory: Sequence[RankMemory]) -> l
         )
         for one in classes
         for part in get_args(Part)
-    ]
+    )
 
 
 def _unit(name: str, config: ModelConfig) -> int:
