@@ -19,15 +19,30 @@ struct VectorOf<double> { typedef Doubles type; };
 template <>
 struct VectorOf<float> { typedef Floats type; };
 
-// Where a sequence's entries of one layer lie.
+// Where a sequence's entries of one layer lie, key after key: found once for all heads.
 template <class T>
-struct Entries {
-    T* cache;            // (slots, width)
-    const int64_t* blocks;  // of the sequence
-    int64_t block_size, width;
-    T* at(int64_t position) const {
-        return cache + (blocks[position / block_size] * block_size + position % block_size) * width;
+class Entries {
+  public:
+    void find(const T* cache, const int64_t* blocks, int64_t block_size, int64_t width, int64_t n_keys) {
+        const T** at = at_S_.sized(n_keys);
+        for (int64_t start = 0; start < n_keys; start += block_size) {
+            const T* entry = cache + *blocks++ * block_size * width;
+            for (int64_t s = start; s < std::min(start + block_size, n_keys); s++, entry += width) at[s] = entry;
+        }
+        n_keys_ = n_keys;
     }
+    int64_t n_keys() const { return n_keys_; }
+    const T* at(int64_t s) const { return at_S_.get()[s]; }
+    // Asks memory for a part of an entry.
+    void ask(int64_t s, int64_t offset, int64_t width) const {
+        if (s >= n_keys_) return;
+        const char* from = reinterpret_cast<const char*>(at(s) + offset);
+        for (int64_t byte = 0; byte < int64_t(width * sizeof(T)); byte += 64) __builtin_prefetch(from + byte);
+    }
+
+  private:
+    Buffer<const T*> at_S_;
+    int64_t n_keys_ = 0;
 };
 
 template <class C>
@@ -36,27 +51,32 @@ inline int64_t padded(int64_t n) {
     return (n + L - 1) / L * L;
 }
 
+constexpr int KEYS_AHEAD = 8;  // between asking for a key and using it
 constexpr int MOST_HEADS = 4;  // at a time: as many as the registers hold beside several keys
 
 // Scores stand key after key, those of the heads side by side, in whole vectors.
 template <class C>
 constexpr int side_by_side() { return std::max<int>(MOST_HEADS, Lanes<typename VectorOf<C>::type>::n); }
 
-// scores_SH[s][h] = q_h . k_s. Queries are padded with zeros to whole vectors.
+// scores_SH[s][h] = q_h . k_s. Queries are padded with zeros to whole vectors. `next`: so far behind a key lies what is
+// read after it, its value; memory is asked for that on the way.
 template <class C, class T, int H>
-inline void score(const C* q_HW, int64_t width, const Entries<T>& entries, int64_t offset, int64_t n_keys, C* scores_SH) {
+inline void score(const C* q_HW, int64_t width, const Entries<T>& entries, int64_t offset, int64_t next, C* scores_SH) {
     typedef typename VectorOf<C>::type V;
     constexpr int L = Lanes<V>::n, KEYS = H >= 3 ? 3 : 4, ROOM = side_by_side<C>();
-    const int64_t padded_width = padded<C>(width), whole = width / L * L;
+    const int64_t padded_width = padded<C>(width), whole = width / L * L, n_keys = entries.n_keys();
     const int rest = int(width - whole);
     auto some = [&]<int N>(int64_t s) {
         const T* key[N];
         for (int i = 0; i < N; i++) key[i] = entries.at(s + i) + offset;
+        for (int i = 0; i < N; i++) entries.ask(s + i + KEYS_AHEAD, offset, width);
         V sum[4][N] = {};  // of heads that are not there it stays zero
         for (int64_t w = 0; w < whole; w += L) {
             V k[N];
 #pragma GCC unroll 4
             for (int i = 0; i < N; i++) k[i] = load<V>(key[i] + w);
+#pragma GCC unroll 4
+            for (int i = 0; i < N; i++) __builtin_prefetch(key[i] + w + next);
 #pragma GCC unroll 4
             for (int h = 0; h < H; h++) {
                 const V q = load<V>(q_HW + h * padded_width + w);
@@ -96,13 +116,14 @@ inline void soften(C* scores_SH, int64_t n_keys, C* sums_H) {
     }
 }
 
-// out_HV[h] = sum over s of weights[s][h] x value_s; out is padded to whole vectors.
+// out_HV[h] = sum over s of weights[s][h] x value_s; out is padded to whole vectors. `next`: as above, to the key that
+// other heads read after this value.
 template <class C, class T, int H>
-inline void mix(const C* weights_SH, int64_t width, const Entries<T>& entries, int64_t offset, int64_t n_keys, C* out_HV) {
+inline void mix(const C* weights_SH, int64_t width, const Entries<T>& entries, int64_t offset, int64_t next, C* out_HV) {
     typedef typename VectorOf<C>::type V;
     constexpr int L = Lanes<V>::n, KEYS = 32;  // as many as stay in the nearest cache while all columns pass over them
     constexpr int SIDE = H >= 3 ? 3 : 4, ROOM = side_by_side<C>();
-    const int64_t padded_width = padded<C>(width);
+    const int64_t padded_width = padded<C>(width), n_keys = entries.n_keys();
     for (int64_t i = 0; i < H * padded_width; i++) out_HV[i] = 0;
     const T* value[KEYS];
     for (int64_t s = 0; s < n_keys; s += KEYS) {
@@ -115,6 +136,7 @@ inline void mix(const C* weights_SH, int64_t width, const Entries<T>& entries, i
 #pragma GCC unroll 4
                 for (int j = 0; j < N; j++) sum[h][j] = load<V>(out_HV + h * padded_width + c + j * L);
             for (int i = 0; i < n; i++) {
+                __builtin_prefetch(value[i] + c + next);
                 V x[N];
 #pragma GCC unroll 4
                 for (int j = 0; j < N; j++)
@@ -138,18 +160,18 @@ inline void mix(const C* weights_SH, int64_t width, const Entries<T>& entries, i
     }
 }
 
-// Softmax attention of some heads over n_keys entries: queries carry the scale. `scores` has room for a vector a key.
+// Softmax attention of some heads over these entries: queries carry the scale. `scores` has room for a vector a key.
 template <class C, class T>
 inline void attend(int n_heads, const C* q_HW, int64_t width, const Entries<T>& entries, int64_t key_offset,
-                   int64_t value_offset, int64_t value_width, int64_t n_keys, C* scores_SH, C* out_HV) {
+                   int64_t value_offset, int64_t value_width, C* scores_SH, C* out_HV) {
     const int64_t room = padded<C>(width), room_out = padded<C>(value_width);
     for (int first = 0; first < n_heads;) {
         auto with = [&]<int H>() {
             C sums_H[side_by_side<C>()];
             C* out = out_HV + first * room_out;
-            score<C, T, H>(q_HW + first * room, width, entries, key_offset, n_keys, scores_SH);
-            soften(scores_SH, n_keys, sums_H);
-            mix<C, T, H>(scores_SH, value_width, entries, value_offset, n_keys, out);
+            score<C, T, H>(q_HW + first * room, width, entries, key_offset, value_offset - key_offset, scores_SH);
+            soften(scores_SH, entries.n_keys(), sums_H);
+            mix<C, T, H>(scores_SH, value_width, entries, value_offset, key_offset + width - value_offset, out);
             for (int h = 0; h < H; h++)
                 for (int64_t c = 0; c < value_width; c++) out[h * room_out + c] /= sums_H[h];
             first += H;

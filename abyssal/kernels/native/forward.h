@@ -79,6 +79,7 @@ class Forward {
     struct Own {  // of one thread
         Buffer<C> queries, scores, mixed, nope, values;
         Buffer<float> logits_E;
+        Entries<T> entries;
         Scored scored, groups;
     };
 
@@ -324,8 +325,11 @@ class Forward {
         });
     }
 
-    Entries<T> entries(const Pass& pass, T* cache, int64_t token) const {
-        return {cache, pass.step.blocks_RN + pass.step.rows_N[token] * pass.step.n_columns, shape().block_size, w.entry_width()};
+    // All that a token attends to.
+    const Entries<T>& entries(const Pass& pass, const T* cache, int64_t token, Own& own) const {
+        const int64_t* blocks = pass.step.blocks_RN + pass.step.rows_N[token] * pass.step.n_columns;
+        own.entries.find(cache, blocks, shape().block_size, w.entry_width(), pass.step.positions_N[token] + 1);
+        return own.entries;
     }
 
     void group_piece(const Pass& pass, T* cache, int64_t token, int64_t group, int64_t head, int count, Own& own) {
@@ -339,8 +343,7 @@ class Forward {
             for (int64_t i = 0; i < width; i++) q[h * room + i] = C(from[i]) * C(s.softmax_scale);
             for (int64_t i = width; i < room; i++) q[h * room + i] = 0;
         }
-        attend<C, T>(count, q, width, entries(pass, cache, token), group * width, (s.n_kv_heads + group) * width, width,
-                     pass.step.positions_N[token] + 1, scores, mixed);
+        attend<C, T>(count, q, width, entries(pass, cache, token, own), group * width, (s.n_kv_heads + group) * width, width, scores, mixed);
         for (int h = 0; h < count; h++) {
             float* to = attended_.get() + token * whole(w.values_width()) + (head + h) * width;
             for (int64_t i = 0; i < width; i++) to[i] = rounded<T>(float(mixed[h * room + i]));
@@ -375,8 +378,8 @@ class Forward {
                 for (int64_t i = 0; i < width; i++) out[t][i] *= C(s.softmax_scale);
         }
         for (int t = 0; t < n_tokens; t++)
-            attend<C, T>(count, q + t * PIECE_HEADS * room, width, entries(pass, cache, first + t), 0, 0, latent,
-                         pass.step.positions_N[first + t] + 1, scores, mixed + t * PIECE_HEADS * room_out);
+            attend<C, T>(count, q + t * PIECE_HEADS * room, width, entries(pass, cache, first + t, own), 0, 0, latent, scores,
+                         mixed + t * PIECE_HEADS * room_out);
         for (int h = 0; h < count; h++) {
             for (int t = 0; t < n_tokens; t++) in[t] = mixed + (t * PIECE_HEADS + h) * room_out, out[t] = values + t * V;
             small_products<C>(in, n_tokens, l.w_uv_HCV.get() + (head + h) * latent * V, latent, V, out);

@@ -124,7 +124,11 @@ template <>
 inline Doubles load<Doubles>(const double* at) { return same_bytes<Doubles>(at); }
 template <>
 inline Doubles load<Doubles>(const float* at) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+    return (Doubles)_mm256_cvtps_pd(_mm_loadu_ps(at));  // of the line below GCC 12 makes several instructions
+#else
     return __builtin_convertvector(same_bytes<HalfFloats>(at), Doubles);
+#endif
 }
 template <>
 inline Floats load<Floats>(const bf16* at) {
@@ -207,6 +211,7 @@ inline Doubles exp(Doubles d) {
     Doubles u = all<Doubles>(1.0 / 6227020800.0);
     const double inverse[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
                               1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0};
+#pragma GCC unroll 13
     for (double term : inverse) u = fma(u, s, all<Doubles>(term));
     const Longs power = ((Longs)(q + magic) - (Longs)magic + 1023) << 52;
     u = u * (Doubles)power;
