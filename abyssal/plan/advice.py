@@ -45,7 +45,7 @@ def _changes(plan: TrainingPlan) -> Iterator[tuple[str, Layout]]:
     if not layout.micro_rows or layout.micro_rows > 1:
         for fewer in (4, 2, 1):
             if not rows or fewer < layout.micro_rows:
-                yield f"parallel.micro_rows={fewer}", replace(layout, micro_rows=fewer)
+                yield f"micro_rows={fewer}", replace(layout, micro_rows=fewer)
     if layout.is_one_device:
         return
     if layout.recompute == "none":
