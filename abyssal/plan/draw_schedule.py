@@ -98,7 +98,7 @@ def _draw_compute(
     timeline: Timeline, rank: int, *, y: float, scale: float, shapes: dict[str, list[str]], numbers: list[str]
 ) -> None:
     clock: float = 0
-    own = timeline.schedule.orders[rank][0][0].stage
+    own, n_digits = timeline.schedule.orders[rank][0][0].stage, len(str(timeline.schedule.n_micro_batches - 1))
     for slot, (start, end) in zip(timeline.schedule.orders[rank], timeline.slot_seconds[rank], strict=True):
         if start > clock:
             shapes["idle"].append(_box(clock, start, y, 2 * HALF, scale))
@@ -107,23 +107,22 @@ def _draw_compute(
         for k, (kind, m, stage) in enumerate(slot):
             paler = " paler" if stage != own else ""
             shapes[kind + paler].append(_box(start, end, y + k * height, height, scale))
-            numbers += _number(m, start, end, y + (k + 0.5) * height, scale, kind=f"number{paler}")
+            middle = y + (k + 0.5) * height
+            numbers += _number(m, n_digits, (start, end), middle, scale, f"number{paler}")
         if len(slot) > 1:
             shapes["pair"].append(_box(start, end, y, 2 * HALF, scale))
     if timeline.step_seconds > clock:
         shapes["idle"].append(_box(clock, timeline.step_seconds, y, 2 * HALF, scale))
 
 
-def _number(n: int, start: float, end: float, middle: float, scale: float, *, kind: str) -> list[str]:
-    """A micro-batch's number, where it can be read."""
-    text = str(n)
-    size = min(10.0, (float(end - start) * scale - 2) / (DIGIT * len(text)))
+def _number(m: int, n_digits: int, box: tuple[float, float], middle: float, scale: float, kind: str) -> list[str]:
+    """A micro-batch's number, where the longest of them could be read as well."""
+    start, end = box
+    size = min(10.0, (float(end - start) * scale - 2) / (DIGIT * n_digits))
     if size < 7.5:
         return []
-    x = LEFT + float(start + end) / 2 * scale
-    return [
-        f'<text class="{kind}" x="{x:.1f}" y="{middle + size * 0.36:.1f}" style="font-size:{size:.1f}px">{text}</text>'
-    ]
+    x, y = LEFT + float(start + end) / 2 * scale, middle + size * 0.36
+    return [f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" style="font-size:{size:.1f}px">{m}</text>']
 
 
 def _titles(timeline: Timeline) -> tuple[str, str]:
