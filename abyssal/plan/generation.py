@@ -23,6 +23,8 @@ STEP_OPERATIONS, DRAW_OPERATIONS, REQUEST_OPERATIONS = 23, 40, 66
 # Operations of a decoding step in plain torch, counted by a dispatch mode (torch 2.13): of one layer, and outside
 TORCH_OPERATIONS = {("mla", True): 163, ("mla", False): 95, ("gqa", False): 82, ("gqa", True): 150}
 TORCH_OUTSIDE = 31
+# resident memory of a native engine with a model of next to nothing, beyond that model: at 1 to 64 requests (11/2026)
+ENGINE_BYTES, REQUEST_BYTES = 8.6e6, 84e3
 PASS_TOKENS = 256  # of a native pass (kernels/native/forward.h)
 PREFILL_TOKENS = 8192  # of a step in plain torch (engine/engine.py)
 FEW = 0.1  # of the answers: with no more running, a batch is in its tail
@@ -44,6 +46,7 @@ class GenerationPlan:
     cache_bytes: float  # as far as it is written to
     logits_bytes: float  # of the largest step, with what is drawn from them
     working_bytes: float  # hidden states and results of the largest pass
+    engine_bytes: float  # rows, notes, pages of the native library
     first_step: PassSeconds
 
     @property
@@ -57,7 +60,10 @@ class GenerationPlan:
 
     @property
     def memory_bytes(self) -> float:
-        return self.weights_bytes + self.packed_bytes + self.cache_bytes + self.logits_bytes + self.working_bytes
+        return (
+            self.weights_bytes + self.packed_bytes + self.cache_bytes + self.logits_bytes + self.working_bytes
+            + self.engine_bytes
+        )  # fmt: skip
 
     @property
     def bottleneck(self) -> str:
@@ -133,6 +139,7 @@ def plan_generation(
         cache_bytes=form.bytes_per_weight * held_tokens * config.cache_width * config.num_hidden_layers,
         logits_bytes=4.0 * requests * config.vocab_size * (2 if greedy else 4),
         working_bytes=4.0 * largest_pass * _pass_width(config),
+        engine_bytes=ENGINE_BYTES + requests * REQUEST_BYTES if native else 0.0,
         first_step=first,
     )
 
