@@ -142,6 +142,23 @@ def test_the_same_bits_for_every_number_of_threads_and_neighbours(kind, changes)
         assert torch.equal(found[0], other)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "moe" in kind])
+def test_prompts_whose_last_layer_is_computed_for_the_wanted_tokens_alone(kind):
+    """An expert record needs the last layer of all tokens; without one logits, hidden states and what stays in the
+    cache are the same. Passes of 256 tokens: one with two wanted tokens, one with none, one with the last."""
+    model = small_model(kind, max_position_embeddings=1024)
+    prompts, tables = random_prompts([3, 600]), [np.arange(1, 2), np.arange(2, 152)]
+    chunks = [Chunk(np.array(p), 0, table) for p, table in zip(prompts, tables, strict=True)]
+    short = Chunk(np.array(prompts[0]), 0, np.arange(152, 153))
+    found = []
+    for record in (True, False):
+        run, _ = runners(model, n_blocks=160, record_experts=record)
+        parts = [*run.prefill([chunks[0], short, chunks[1]]), *run.prefill([chunks[1]])]
+        found.append([*parts, *run.decode(np.array([[5]]), np.array([[600]]), np.arange(2, 153)[None])])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_engine_and_trainer_agree(kind):
     model = small_model(kind)

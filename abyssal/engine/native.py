@@ -57,10 +57,10 @@ class Shape(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """AbyssalStep of native/forward.h."""
+    """AbyssalStep of native/step.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("n_tokens", "n_columns", "n_wanted", "module")),
+        *((name, ctypes.c_int64) for name in ("n_tokens", "n_columns", "n_wanted", "module", "only_wanted")),
         *((name, ctypes.c_void_p) for name in ("ids", "positions", "rows", "blocks", "wanted", "caches", "experts")),
         ("experts_are_bytes", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("hidden_in", "hidden_out", "logits")),
@@ -184,6 +184,8 @@ class NativeForward:
             block_table([chunk.blocks for chunk in chunks]),
         )
         last_B = lengths_B.cumsum() - 1
+        if not self._n_ahead and self._kept[1] is None:
+            return self._run(tokens, last_B, only_wanted=True)
         logits_BV, hidden_ND = self._run(tokens, last_B)
         ahead_ND = hidden_ND
         for module in range(self._n_ahead):
@@ -224,15 +226,23 @@ class NativeForward:
         return logits_XV
 
     def _run(
-        self, tokens: Tokens, wanted_W: np.ndarray, *, module: int = -1, hidden_ND: Tensor | None = None
+        self,
+        tokens: Tokens,
+        wanted_W: np.ndarray,
+        *,
+        module: int = -1,
+        hidden_ND: Tensor | None = None,
+        only_wanted: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Logits of the wanted tokens, which come in rising order, and every token's hidden state."""
+        """Logits of the wanted tokens, which come in rising order, and every token's hidden state, or only theirs: then
+        the last layer computes no more of the others than what they leave in the cache."""
         n_tokens, config = len(tokens.ids_N), self.config
         self._reach(int(tokens.positions_N.max()) + 1)
-        logits_WV, out_ND = torch.empty(len(wanted_W), config.vocab_size), torch.empty(n_tokens, config.hidden_size)
+        logits_WV = torch.empty(len(wanted_W), config.vocab_size)
+        out_ND = torch.empty(len(wanted_W) if only_wanted else n_tokens, config.hidden_size)
         arrays = [np.ascontiguousarray(array, np.int64) for array in (*tokens, wanted_W)]
         step = self._step
-        step.n_tokens, step.n_wanted, step.module = n_tokens, len(wanted_W), module
+        step.n_tokens, step.n_wanted, step.module, step.only_wanted = n_tokens, len(wanted_W), module, only_wanted
         step.n_columns = tokens.blocks_RN.shape[1]
         step.ids, step.positions, step.rows, step.blocks, step.wanted = (int(array.ctypes.data) for array in arrays)
         step.hidden_in = None if hidden_ND is None else hidden_ND.data_ptr()

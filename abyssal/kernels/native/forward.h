@@ -8,16 +8,7 @@
 
 #include "attention.h"
 #include "model.h"
-
-struct AbyssalStep {
-    int64_t n_tokens, n_columns, n_wanted, module;  // module: -1 the main model, else an MTP module
-    const int64_t *ids_N, *positions_N, *rows_N, *blocks_RN, *wanted_W;
-    void* const* caches;      // one (slots, entry width) a layer, MTP modules' at the end
-    void* experts;            // (slots, MoE layers, K), uint8 or int16, or null
-    int64_t experts_are_bytes;
-    const float* hidden_in;   // (N, D), for a module
-    float *hidden_out, *logits_WV;  // (N, D) after the final norm, or null
-};
+#include "step.h"
 
 namespace abyssal {
 
@@ -87,7 +78,8 @@ class Forward {
     std::vector<Own> own_;
     Buffer<float> x_, y_, z_, q_, attended_, act_, shared_act_, y_AD_, y_shared_, joined_, weights_;
     std::vector<const float*> x_rows_, y_rows_, z_rows_, attended_rows_, act_rows_, shared_rows_, joined_rows_, of_expert_, wanted_rows_;
-    std::vector<int64_t> experts_, place_, slots_, starts_;
+    std::vector<int64_t> experts_, place_, slots_, starts_, positions_, sequences_;
+    Pass left_;  // of a pass, where only wanted tokens go on
     std::vector<Piece> pieces_;
 
     const AbyssalShape& shape() const { return w.shape; }
@@ -104,7 +96,7 @@ class Forward {
         while (wanted + pass.n_wanted < step.n_wanted && step.wanted_W[wanted + pass.n_wanted] < start + pass.n) pass.n_wanted++;
         pass.step.wanted_W += wanted;
         if (step.hidden_in) pass.step.hidden_in += start * s.hidden_size;
-        if (step.hidden_out) pass.step.hidden_out += start * s.hidden_size;
+        if (step.hidden_out) pass.step.hidden_out += (step.only_wanted ? wanted : start) * s.hidden_size;
         if (step.logits_WV) pass.step.logits_WV += wanted * s.vocab_size;
         const int64_t n = pass.n, D = s.hidden_size;
         slots_.resize(n);
@@ -187,7 +179,7 @@ class Forward {
                 layer(pass, team, thread, l, moe_layer);
                 moe_layer += w.layers[l].is_moe;
             }
-            finish(pass, team, thread, w.final_norm.get());
+            finish(step.only_wanted ? left_ : pass, team, thread, w.final_norm.get());
             return;
         }
         const Mtp<T>& module = w.mtp[step.module];
@@ -217,7 +209,8 @@ class Forward {
         if (!step.logits_WV || !pass.n_wanted) return;
         team.each(thread, 1, [&](int64_t) {
             wanted_rows_.resize(pass.n_wanted);
-            for (int64_t i = 0; i < pass.n_wanted; i++) wanted_rows_[i] = y_rows_[step.wanted_W[i] - pass.first_token];
+            for (int64_t i = 0; i < pass.n_wanted; i++)
+                wanted_rows_[i] = y_rows_[pass.n == pass.n_wanted ? i : step.wanted_W[i] - pass.first_token];
         });
         head(team, thread, pass.n_wanted, step.logits_WV);
     }
@@ -245,6 +238,31 @@ class Forward {
             keep(out, to);
         });
         team.each(thread, n, [&](int64_t i) { enter(pass, l, i, cache + slots_[i] * w.entry_width()); });
+        if (pass.step.only_wanted && index == s.n_layers - 1) {
+            team.each(thread, 1, [&](int64_t) { leave_the_wanted(pass); });
+            return attend_and_feed(left_, team, thread, l, cache, moe_layer);
+        }
+        attend_and_feed(pass, team, thread, l, cache, moe_layer);
+    }
+
+    // Rows of the wanted tokens move up to the first places; they come in rising order.
+    void leave_the_wanted(const Pass& pass) {
+        left_ = pass;
+        left_.n = pass.n_wanted;
+        positions_.resize(left_.n), sequences_.resize(left_.n);
+        for (int64_t i = 0; i < left_.n; i++) {
+            const int64_t from = pass.step.wanted_W[i] - pass.first_token, ld = whole(shape().hidden_size);
+            positions_[i] = pass.step.positions_N[from], sequences_[i] = pass.step.rows_N[from];
+            std::memmove(x_.get() + i * ld, x_.get() + from * ld, size_t(ld) * 4);
+            std::memmove(z_.get() + i * z_width(), z_.get() + from * z_width(), size_t(z_width()) * 4);
+        }
+        left_.step.positions_N = positions_.data(), left_.step.rows_N = sequences_.data();
+    }
+
+    // What of a layer stands behind its entries.
+    void attend_and_feed(const Pass& pass, Team& team, int thread, const Layer<T>& l, T* cache, int64_t moe_layer) {
+        const AbyssalShape& s = shape();
+        const int64_t n = pass.n, D = s.hidden_size, ld = whole(D);
         if (s.is_mla && s.q_lora_rank)
             product(team, thread, z_rows_, n, l.q_b, [&](int64_t r, int64_t p, const float* out) {
                 float* to = q_.get() + r * whole(w.query_width()) + p * PANEL;
