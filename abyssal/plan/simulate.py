@@ -96,8 +96,8 @@ class Timeline:
 
     @property
     def bubble_share(self) -> float:
-        """Of all ranks' time."""
-        return sum(self.bubble_seconds) / (self.step_seconds * len(self.bubble_seconds))
+        """Of all ranks' time; 0 where there is none."""
+        return sum(self.bubble_seconds) / (self.step_seconds * len(self.bubble_seconds) or 1)
 
     @property
     def hidden_share(self) -> float:
