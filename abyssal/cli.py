@@ -21,6 +21,7 @@ from abyssal.checkpoint.packaged import cache_directory
 from abyssal.commands.checkpoint_path import resolve_checkpoint
 from abyssal.commands.convert_shape import convert
 from abyssal.commands.export_checkpoint import export_checkpoint
+from abyssal.commands.fits import check_loadable
 from abyssal.commands.import_checkpoint import import_checkpoint
 from abyssal.commands.measure_budget import measure_budget
 from abyssal.commands.measure_perplexity import measure_perplexity
@@ -85,6 +86,7 @@ class ChatOptions:
     raw: bool = False  # continue the prompt as it stands, its control tokens included, without the chat template
     cache: Path | None = None  # keep what was computed in this folder and use it next time; auto: the user's own cache
     cache_bytes: int = MAX_BYTES  # the room that may take
+    refuse: bool = True  # do not load what cannot fit into memory
 
 
 def main() -> None:
@@ -138,6 +140,7 @@ def walk_recipe(arguments: list[str], stages: tuple[str, ...], *, prog: str) -> 
 def chat(arguments: list[str]) -> None:
     options: ChatOptions = parsed(ChatOptions, args=arguments, prog="abyssal chat")
     path = resolve_checkpoint(options.directory)
+    check_loadable(path, weights=options.weights, dtype=options.dtype, refuse=options.refuse)
     own = own_sampling(path)
     params = SamplingParams(
         temperature=own.temperature if options.temperature is None else options.temperature,

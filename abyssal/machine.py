@@ -87,6 +87,12 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def return_freed_memory() -> None:
+    """Give the system back what keep_freed_memory() kept, so that what is measured next is its own."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
 def cache_directory() -> Path:
     """$ABYSSAL_CACHE, or where this system keeps what can be fetched again."""
     if own := os.environ.get("ABYSSAL_CACHE"):

@@ -194,6 +194,17 @@ def cut_to_step(path: Path, step: int) -> Dropped:
     return Dropped(later, unreadable)
 
 
+def amend_last(path: Path, extra: Mapping[str, Any]) -> None:
+    """Add to the last entry what is known only once the stage is over; the file is replaced in one move."""
+    *before, last = path.read_bytes().splitlines(keepends=True)
+    entry = json.loads(last) | {name: plain(value) for name, value in extra.items()}
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb", buffering=0) as file:
+        append(file, b"".join(before) + as_json_line(entry).encode(), path=path)
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
 def seconds_of_work(entries: Iterable[Mapping[str, Any]]) -> float:
     """What the steps of a metrics.jsonl took, all sessions together, without the measuring that teaches nothing."""
     return sum(float(entry["time_s"]) - float(entry.get("measure_s", 0.0)) for entry in entries)

@@ -42,7 +42,7 @@ from abyssal.typed_toml import from_dict
 
 KILLED = STAGES[:-1]  # the report is drawn from what is there
 SET_CHILD_SUBREAPER = 36  # prctl: whoever a killed child leaves behind becomes ours
-WALL_CLOCK = re.compile(r"time_s|tokens_per_s|.*_s|memory_gb")
+WALL_CLOCK = re.compile(r"time_s|tokens_per_s|.*_s|memory_gb|(planned|measured)_.*")
 SMALLER: dict[str, dict[str, Any]] = {
     "tokenizer": {"vocab_size": 300, "sample_bytes": 4_000},
     "data": {"tokens": 3_000, "held_out_tokens": 300},

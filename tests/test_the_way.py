@@ -171,6 +171,15 @@ def test_a_killed_stage_goes_on_from_its_last_checkpoint(walked: Walked, stage: 
         assert [entry["step"] for entry in walked.lines("zero/samples.jsonl")] == list(range(n_steps))
 
 
+@pytest.mark.parametrize("part", ["pretrain", "zero", "cold_start/traces", "cold_start", "align", "distil"])
+def test_every_stage_ends_with_its_plan_beside_what_was_measured(walked: Walked, part: str):
+    *before, last = walked.lines(f"{part}/metrics.jsonl")
+    assert last["planned_step_seconds"] > 0 and last["measured_step_seconds"] > 0
+    assert not any("planned_step_seconds" in entry for entry in before)
+    assert ("planned_memory_bytes" in last) == ("/" not in part)
+    assert f"{part}: a step planned " in walked.output or part == "pretrain"  # which ended before the last session
+
+
 def test_a_second_run_finds_everything_done(walked: Walked):
     def written() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in walked.run.rglob("*") if path.is_file()}

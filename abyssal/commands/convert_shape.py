@@ -24,6 +24,7 @@ from abyssal.checkpoint.convert import model_type
 from abyssal.checkpoint.load import load_checkpoint
 from abyssal.checkpoint.save import save_checkpoint
 from abyssal.commands.checkpoint_path import resolve_checkpoint
+from abyssal.commands.fits import check_loadable
 from abyssal.commands.options import parsed
 from abyssal.data.corpus import encode_documents, open_source
 from abyssal.data.pack import pack_rows
@@ -64,6 +65,7 @@ class ConvertOptions:
     seed: int = 0  # of the text's order
     device: str = "auto"
     dtype: Precision = "auto"
+    refuse: bool = True  # do not load what cannot fit into memory
 
     def __post_init__(self) -> None:
         if not self.to or not self.shapes <= {"mla", "moe"}:
@@ -136,6 +138,7 @@ def print_table(rows: Iterable[Row]) -> None:
 def conversions(options: ConvertOptions, console: Console) -> Iterator[Row]:
     """The table, the model as it was first. Each conversion is written once it is healed."""
     path = options.directory if options.directory.is_file() else resolve_checkpoint(options.directory)
+    check_loadable(path, weights="master", dtype=options.dtype, device=options.device, refuse=options.refuse)
     with bytes_bar(f"loading {options.directory}", console) as on_bytes:
         model, tokenizer, config = load_checkpoint(
             path, dtype=options.dtype, device=options.device, on_bytes=on_bytes

@@ -21,6 +21,7 @@ from abyssal.checkpoint.gguf_write import GgufQuant, write_gguf
 from abyssal.checkpoint.load import FORMATS, OnBytes, Weights
 from abyssal.checkpoint.source import Source, open_checkpoint
 from abyssal.commands.checkpoint_path import resolve_checkpoint
+from abyssal.commands.fits import check_loadable
 from abyssal.commands.measure_perplexity import TextOptions, load, measure, text_name, windows
 from abyssal.commands.options import parsed
 from abyssal.evals.perplexity import Perplexity, calibration_text, cut_windows
@@ -43,6 +44,7 @@ class ExportOptions:
     shard_gb: float = 5.0
     dtype: Precision = "auto"  # that perplexity is measured in
     on: Annotated[TextOptions, tyro.conf.arg(name="")] = TextOptions()  # for perplexity; 0 windows leave it out
+    refuse: bool = True  # to measure perplexity, do not load what cannot fit into memory
 
     def __post_init__(self) -> None:
         if self.quant is not None and self.to != "gguf":
@@ -67,7 +69,10 @@ def export_checkpoint(arguments: list[str]) -> None:
     format = FORMATS.get(options.to)
     loses = format is not None or (options.quant or "").startswith("Q")
     windows_WT = before = None
-    if loses and tokenizer is not None and options.on.windows:
+    measures = loses and tokenizer is not None and options.on.windows > 0
+    if measures or options.activation_aware:  # else it is written tensor by tensor, whatever its size
+        check_loadable(path, weights="compute", dtype=options.dtype, refuse=options.refuse)
+    if measures and tokenizer is not None:
         windows_WT = windows(options.on, tokenizer, most_tokens=source.config.max_position_embeddings)
         before = _perplexity(path, "compute", options, windows_WT, console)
     if options.activation_aware and format:

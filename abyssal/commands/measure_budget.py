@@ -20,6 +20,7 @@ from abyssal.checkpoint.load import FORMATS, Loaded, load_checkpoint
 from abyssal.checkpoint.own_sampling import own_sampling
 from abyssal.checkpoint.own_thinking import ThinkingLengths, measured_lengths, write_lengths
 from abyssal.commands.checkpoint_path import resolve_checkpoint
+from abyssal.commands.fits import check_loadable
 from abyssal.commands.options import parsed
 from abyssal.data.problems import ProblemSource, problem_at
 from abyssal.data.user_examples import read_user_problems
@@ -54,6 +55,7 @@ class BudgetOptions:
     dtype: Precision | None = None  # of products; FP32, or auto with weights in few bits
     weights: Literal["compute", "fp8", "int8", "int4"] = "compute"  # compute: in the type of products
     out: Path | None = None  # out/eval/NAME
+    refuse: bool = True  # do not load what cannot fit into memory
 
     def __post_init__(self) -> None:
         if self.problems < 1:
@@ -69,6 +71,7 @@ def measure_budget(arguments: list[str]) -> None:
         raise ValueError(f"--best-of {counts[-1]} needs as many answers a problem, --answers {k} has fewer")
     console = Console()
     path = resolve_checkpoint(options.directory)
+    check_loadable(path, weights=options.weights, dtype=options.dtype, device="cpu", refuse=options.refuse)
     problems, data = asked(options)
     with bytes_bar(f"loading {path}", console) as on_bytes:
         dtype = options.dtype or ("auto" if options.weights in FORMATS else "float32")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from abyssal.checkpoint.load import FORMATS, Loaded, Weights, load_checkpoint
 from abyssal.commands.checkpoint_path import resolve_checkpoint
+from abyssal.commands.fits import check_loadable
 from abyssal.commands.options import parsed
 from abyssal.evals.perplexity import Perplexity, cut_windows, held_out_text, perplexity
 from abyssal.machine import Precision, keep_freed_memory
@@ -39,6 +40,7 @@ class PerplexityOptions:
     dtype: Precision | None = None  # of products; FP32, or auto with weights in few bits
     device: str = "auto"
     on: Annotated[TextOptions, tyro.conf.arg(name="")] = TextOptions()
+    refuse: bool = True  # do not load what cannot fit into memory
 
 
 def measure_perplexity(arguments: list[str]) -> None:
@@ -46,6 +48,7 @@ def measure_perplexity(arguments: list[str]) -> None:
     console = Console()
     path = resolve_checkpoint(options.directory)
     keep_freed_memory()
+    check_loadable(path, weights=options.weights, dtype=options.dtype, device=options.device, refuse=options.refuse)
     loaded = load(path, options.weights, options.dtype, options.device, console)
     if loaded.tokenizer is None:
         raise FileNotFoundError(f"{path} has no tokenizer.json: copy the model's tokenizer files into it")
@@ -60,9 +63,7 @@ def measure_perplexity(arguments: list[str]) -> None:
     )
 
 
-def load(
-    path: Path, weights: Weights, dtype: Precision | torch.dtype | None, device: str, console: Console
-) -> Loaded:
+def load(path: Path, weights: Weights, dtype: Precision | torch.dtype | None, device: str, console: Console) -> Loaded:
     with bytes_bar(f"loading {path}", console) as on_bytes:
         chosen = dtype or ("auto" if weights in FORMATS else "float32")
         return load_checkpoint(path, dtype=chosen, device=device, weights=weights, on_bytes=on_bytes)

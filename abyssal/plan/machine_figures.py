@@ -50,7 +50,9 @@ NAMES = {
     "decode_attention_flops_per_second": "attention core, decoding",
     "memory_bytes_per_second": "passes over memory",
     "seconds_per_operation": "one more operation",
-    "communication_share": "compute units that overlapped communication takes",
+    "communication_share": "compute units taken by communication",
+    "runtime_bytes": "what the runtime holds",
+    "allocator_share": "more that the allocator holds",
     "intra_node bytes_per_second": "link within a node, a device",
     "intra_node latency_seconds": "its latency",
     "inter_node bytes_per_second": "link between nodes, a device",
@@ -70,6 +72,7 @@ def _said(name: str, value: float) -> tuple[str, str]:
         ("seconds", seconds_text),
         ("seconds_per_operation", seconds_text),
         ("share", percent_text),
+        ("runtime_bytes", bytes_text),
     ):
         if name.endswith(unit):
             return NAMES.get(name, name.replace("_", " ")), text(value)

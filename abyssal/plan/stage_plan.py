@@ -39,6 +39,7 @@ class StagePlan:
     bottleneck: str
     advice: str  # what to change where it does not fit, else what would help most
     training: TrainingPlan | None = None  # of the part of it that trains
+    answer_tokens: float = 0.0  # mean of what it draws; 0: it draws nothing
     assumed: tuple[str, ...] = ()  # what no section of the recipe says
 
     @property

@@ -129,6 +129,7 @@ def of_rl(
         bottleneck=plan.bottleneck,
         advice=training.advice or "fewer answers at once, shorter answers or fewer rows_per_pass need less memory",
         training=training,
+        answer_tokens=work.lengths.mean_tokens,
         assumed=assumed,
     )
 

@@ -24,6 +24,7 @@ from abyssal.data.user_examples import read_conversations
 from abyssal.machine import compute_dtype, keep_freed_memory, resolve_device, set_threads
 from abyssal.plan.layout import Layout
 from abyssal.reward.verifiers import Verifiers
+from abyssal.stages.beside_plan import begin_measuring, check_fits, forecast, peak_above, say_beside
 from abyssal.stages.recipe import Recipe, read_recipe, with_precision
 from abyssal.stages.run import CHECKPOINTS, STAGES, Run, write_whole
 from abyssal.stages.steps import STEPS
@@ -139,18 +140,23 @@ def walk(run: Run, stages: tuple[str, ...] = STAGES) -> None:
     limit_s = run.recipe.rl_data.reward_limit_s
     with alone(run.directory), Verifiers(own_limit_s=limit_s) as verifiers:
         check_own_data(run, verifiers)
+        ahead = tuple(stage for stage in stages if not (is_done(run, stage) or run.is_off(stage)))
+        planned = forecast(run.recipe, run.device, ahead)
+        if run.recipe.plan.refuse:
+            check_fits(planned, ahead, run.console)
         for stage in stages:
-            is_done = (run.stage_dir(stage) / "done.json").is_file()
-            if is_done or run.is_off(stage):
-                said = "already done" if is_done else "off in this recipe"
+            if is_done(run, stage) or run.is_off(stage):
+                said = "already done" if is_done(run, stage) else "off in this recipe"
                 run.console.print(
                     f"[dim][{STAGES.index(stage) + 1}/{len(STAGES)} {stage}] {said}[/dim]", highlight=False
                 )
                 continue
-            began = time.time()
+            began, before_bytes = time.time(), begin_measuring(run.device)
             run.stage_dir(stage).mkdir(parents=True, exist_ok=True)
             with verifiers.recorded_in(run.stage_dir(stage) / "verdicts.jsonl"):
                 summary = STEPS[stage](run, stage, verifiers)
+            peak_bytes = peak_above(before_bytes, run.device)
+            say_beside(planned, stage, run.directory, memory_bytes=peak_bytes, console=run.console)
             done = {"stage": stage, "last_session_s": round(time.time() - began, 1), **machine(run), **summary}
             if stage == "extend":  # it made another base, whose results are not the old one's
                 (run.stage_dir("eval") / "results.json").unlink(missing_ok=True)
@@ -159,6 +165,10 @@ def walk(run: Run, stages: tuple[str, ...] = STAGES) -> None:
                     (run.stage_dir(later) / "done.json").unlink(missing_ok=True)
             # last of all: behind it nobody comes back to this stage
             write_whole(run.stage_dir(stage) / "done.json", json.dumps(done, indent=2) + "\n")
+
+
+def is_done(run: Run, stage: str) -> bool:
+    return (run.stage_dir(stage) / "done.json").is_file()
 
 
 def check_own_data(run: Run, verifiers: Verifiers) -> None:
