@@ -57,9 +57,12 @@ class Schedule:
         for order in self.orders:
             held = peak = 0.0
             for slot in order:
-                held += sum(weights[work.stage] for work in slot if work.kind == "forward")
-                peak = max(peak, held)
-                held -= sum(weights[work.stage] for work in slot if work.kind in ("backward", "backward_weight"))
+                for kind, _, stage in slot:  # a pair's forward stands before its backward
+                    if kind == "forward":
+                        held += weights[stage]
+                        peak = max(peak, held)
+                    elif kind != "backward_input":
+                        held -= weights[stage]
             peaks.append(peak)
         return tuple(peaks)
 

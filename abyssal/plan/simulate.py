@@ -87,7 +87,7 @@ class Timeline:
     schedule: Schedule
     times: tuple[StageSeconds, ...]
     slot_seconds: tuple[tuple[tuple[float, float], ...], ...]  # (start, end) of schedule.orders[rank][slot]
-    sends: tuple[TimedJob, ...]
+    sends: tuple[tuple[int, int, int, float, float], ...]  # (rank, micro-batch, stage, start, end)
     step_seconds: float
     bubble_seconds: tuple[float, ...]
     waiting_seconds: tuple[float, ...]
@@ -109,7 +109,9 @@ class Timeline:
     def jobs(self) -> list[TimedJob]:
         """All that happens, rank by rank in order of start: what is drawn. Experts' communication is drawn as one block
         a slot, hidden at its beginning, exposed at its end; really it comes in pieces, layer by layer."""
-        timed: list[TimedJob] = list(self.sends)
+        timed = [
+            TimedJob(rank, "communication", "send", m, stage, start, end) for rank, m, stage, start, end in self.sends
+        ]
         for rank, order in enumerate(self.schedule.orders):
             for slot, (start, end) in zip(order, self.slot_seconds[rank], strict=True):
                 timed += [TimedJob(rank, "compute", *work, start, end) for work in slot]
@@ -223,8 +225,10 @@ class _Run:
             "backward_input": back,
             "backward_weight": range(2 * n_stages, 3 * n_stages),
         }
-        self.came: list[float | None] = [None] * (3 * n_stages * schedule.n_micro_batches)
-        self.came[:: 3 * n_stages] = [0] * schedule.n_micro_batches
+        self.stride = 3 * n_stages  # from the numbers of one micro-batch to those of the next
+        self.ranks = [(*ranks, *reversed(ranks)) for ranks in schedule.stage_ranks]  # along the chain
+        self.came: list[float | None] = [None] * (self.stride * schedule.n_micro_batches)
+        self.came[:: self.stride] = [0] * schedule.n_micro_batches
         self.left: dict[int, float] = {}  # number -> when the message with its input began to move
         self.waiter: dict[int, int] = {}  # number -> the rank that cannot go on without its input
         self.alone = {
@@ -233,7 +237,7 @@ class _Run:
         }
         self.together: dict[tuple[int, int], float] = {}  # stages of forward and backward -> seconds of the pair
         self.any_send = any(one.send_seconds for one in times)
-        self.sends: list[TimedJob] = []
+        self.sends: list[tuple[int, int, int, float, float]] = []
         self.spans: list[list[tuple[float, float]]] = [[] for _ in range(n_ranks)]
         self.clocks: list[float] = [0] * n_ranks
         self.lanes: list[float] = [0] * n_ranks  # when a rank's communication lane is free
@@ -246,8 +250,7 @@ class _Run:
         order, spans, came, waiter, place = (
             self.schedule.orders[rank], self.spans[rank], self.came, self.waiter, self.place
         )  # fmt: skip
-        last = 2 * self.schedule.n_stages - 1
-        stride = 3 * self.schedule.n_stages
+        stride, last, any_send = self.stride, 2 * self.schedule.n_stages - 1, self.any_send
         for k in range(len(spans), len(order)):
             slot, clock = order[k], self.clocks[rank]
             start, critical = clock, -1
@@ -272,7 +275,7 @@ class _Run:
                 if kind == "backward_input":
                     came[m * stride + place["backward_weight"][stage]] = end
                 if at_place < last:
-                    came[number + 1] = self._sent(rank, kind, m, stage, end) if self.any_send else end
+                    came[number + 1] = self._sent(rank, kind, m, stage, end) if any_send else end
                     if number + 1 in waiter:
                         runnable.append(waiter.pop(number + 1))
 
@@ -287,15 +290,13 @@ class _Run:
 
     def _sent(self, rank: int, kind: WorkKind, m: int, stage: int, end: float) -> float:
         """When what came out is where it is needed next: at once where that is the same rank."""
-        n_stages = self.schedule.n_stages
-        to_stage = min(stage + 1, n_stages - 1) if kind == "forward" else stage - 1
-        to_rank = self.schedule.rank_of(m, to_stage)
-        seconds = self.times[stage].send_seconds
+        seconds, number = self.times[stage].send_seconds, self.place[kind][stage] + 1
+        to_rank = self.ranks[m * len(self.ranks) // self.schedule.n_micro_batches][number]
         if to_rank == rank or not seconds:
             return end
         start = max(end, self.lanes[rank])
-        self.lanes[rank] = start + seconds
-        self.left[3 * n_stages * m + self.place[kind][stage] + 1] = start
+        self.lanes[rank] = arrival = start + seconds
+        self.left[m * self.stride + number] = start
         self.received[to_rank] += seconds
-        self.sends.append(TimedJob(rank, "communication", "send", m, stage, start, start + seconds))
-        return start + seconds
+        self.sends.append((rank, m, stage, start, arrival))
+        return arrival
