@@ -71,10 +71,12 @@ class Answer:
 
 
 def trainings(config: ModelConfig, machine: MachineSpec) -> list[TrainingPlan]:
-    """With small micro-batches first; of several devices, all share what is trained (ZeRO-3)."""
+    """With the smallest micro-batch first, and larger ones as long as they fit; of several devices, all share what is
+    trained (ZeRO-3)."""
     n = machine.n_devices
-    return [
-        plan_training(
+    plans: list[TrainingPlan] = []
+    for micro_rows in MICRO_ROWS:
+        plan = plan_training(
             config,
             machine=machine,
             layout=Layout(dp=n, zero=3 if n > 1 else 0, micro_rows=micro_rows),
@@ -82,8 +84,12 @@ def trainings(config: ModelConfig, machine: MachineSpec) -> list[TrainingPlan]:
             batch_rows=BATCH_ROWS * n,
             advise=False,
         )
-        for micro_rows in MICRO_ROWS
-    ]
+        if plans and not plan.fits:
+            break
+        plans.append(plan)
+        if not plan.fits:
+            break
+    return plans
 
 
 def pretrain(name: str, config: ModelConfig, training: TrainingPlan) -> Answer:

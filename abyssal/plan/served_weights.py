@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cache
 
 from abyssal.model.config import ModelConfig
 from abyssal.plan.parameters import weights
@@ -29,13 +30,8 @@ def served_weights(
     """`experts`: physical ones of a layer, copies included, shared out among ep; 0: as the config has."""
     share = {True: (experts or config.n_routed_experts or 1) / (config.n_routed_experts or 1) / ep, False: 1 / tp}
     counted = dict.fromkeys(("experts", "other", "vocabulary", "drafts"), 0.0)
-    for weight in weights(config):
-        kind = "experts" if weight.is_routed else "other"
-        if weight.part in ("embedding", "head"):
-            kind = "vocabulary"
-        elif weight.part == "mtp":
-            kind = "drafts"
-        counted[kind] += weight.n * share[weight.is_routed]
+    for (kind, is_routed), n in _counted(config).items():
+        counted[kind] += n * share[is_routed]
     each = form.bytes_per_weight
     wide = max(each, 2.0) if form.computes_in == "fp8" else each  # FP8 leaves embedding and head in BF16
     return ServedWeights(
@@ -44,3 +40,17 @@ def served_weights(
         vocabulary_bytes=wide * counted["vocabulary"],
         drafts_bytes=each * counted["drafts"] if with_drafts else 0.0,
     )
+
+
+@cache
+def _counted(config: ModelConfig) -> dict[tuple[str, bool], int]:
+    """Weights by use, and whether expert ranks share them out. A search asks for the same model thousands of times."""
+    counted: dict[tuple[str, bool], int] = {}
+    for weight in weights(config):
+        kind = "experts" if weight.is_routed else "other"
+        if weight.part in ("embedding", "head"):
+            kind = "vocabulary"
+        elif weight.part == "mtp":
+            kind = "drafts"
+        counted[kind, weight.is_routed] = counted.get((kind, weight.is_routed), 0) + weight.n
+    return counted
