@@ -27,7 +27,7 @@ Task = Literal["pretrain", "fine_tune", "distil", "reinforce", "serve"]
 Verdict = Literal["yes", "slow", "no"]
 TASKS: tuple[Task, ...] = ("pretrain", "fine_tune", "distil", "reinforce", "serve")
 
-DAY = 86400.0
+SECONDS_PER_DAY = 86400.0
 TOKENS_PER_PARAMETER = 20  # pretraining: Hoffmann et al. 2022
 FINE_TUNE_TOKENS = 10e6  # some two thousand conversations with their thinking
 DISTIL_TOKENS = 2 * 804_745 * 5355.0  # R1's conversations and their mean length, two epochs (R1, supplementary)
@@ -39,12 +39,13 @@ ROW_LEN, BATCH_ROWS = 2048, 64  # 131,072 tokens a step
 MICRO_ROWS = (1, 4, 16, 64)
 # seconds up to which a task is called ready, and slow; beyond, nobody would wait
 PATIENCE_SECONDS = {
-    "pretrain": (30 * DAY, 365 * DAY),
-    "fine_tune": (2 * DAY, 30 * DAY),
-    "distil": (30 * DAY, 365 * DAY),
-    "reinforce": (14 * DAY, 90 * DAY),
+    "pretrain": (30 * SECONDS_PER_DAY, 365 * SECONDS_PER_DAY),
+    "fine_tune": (2 * SECONDS_PER_DAY, 30 * SECONDS_PER_DAY),
+    "distil": (30 * SECONDS_PER_DAY, 365 * SECONDS_PER_DAY),
+    "reinforce": (14 * SECONDS_PER_DAY, 90 * SECONDS_PER_DAY),
 }
-READING, PATIENT = 5.0, 1.0  # tokens/s: about as fast as people read, and as slow as anybody bears
+# about as fast as people read, and as slow as anybody bears
+READING_TOKENS_PER_SECOND, PATIENT_TOKENS_PER_SECOND = 5.0, 1.0
 WIDE, NARROW = ("bfloat16", "fp8", "q8_0", "q4_k_m"), ("q2_k",)  # widest first; two bits are the last resort
 TOGETHER = 8  # requests, where experts lie in RAM and many cannot be held
 SERVED = ServingConfig(prompt_tokens=1024, answer_tokens=1024, prefill_tokens=2048)
@@ -239,7 +240,9 @@ def _as_served(
     name: str, form: str, rate: float, *, in_all: float, context: int, memory: float, limit: float, devices: int = 1,
     place: str | None = None,
 ) -> Answer:  # fmt: skip
-    verdict: Verdict = "yes" if rate >= READING else "slow" if rate >= PATIENT else "no"
+    verdict: Verdict = "no"
+    if rate >= PATIENT_TOKENS_PER_SECOND:
+        verdict = "yes" if rate >= READING_TOKENS_PER_SECOND else "slow"
     where = {None: "", "cpu": ", experts in RAM on the CPU", "stream": ", experts streamed from RAM"}.get(place, "")
     on = f" on {devices} devices" if devices > 1 else ""
     return Answer(
@@ -267,4 +270,5 @@ def _units(config: ModelConfig, machine: MachineSpec) -> Iterator[ServingLayout]
 
 
 def _long(seconds: float) -> str:
-    return f"{seconds / (365 * DAY):.3g} years" if seconds > 730 * DAY else seconds_text(seconds)
+    days = seconds / SECONDS_PER_DAY
+    return f"{days / 365:.3g} years" if days > 730 else seconds_text(seconds)

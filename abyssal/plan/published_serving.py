@@ -48,10 +48,10 @@ class ServiceDay:
     output_tokens: float = 168e9
     nodes: float = 226.75  # of 8 H800, in the mean
     usd_per_device_hour: float = 2.0
-    # R1's prices, of a million tokens
-    hit_usd: float = 0.14
-    miss_usd: float = 0.55
-    output_usd: float = 2.19
+    # R1's prices
+    hit_usd_per_million_tokens: float = 0.14
+    miss_usd_per_million_tokens: float = 0.55
+    output_usd_per_million_tokens: float = 2.19
     # in the mean, of one node
     prefill_tokens_per_second: float = 73.7e3  # hits among them
     decode_tokens_per_second: float = 14.8e3
@@ -65,9 +65,12 @@ class ServiceDay:
 
     @property
     def income_usd(self) -> float:
-        missed = self.input_tokens - self.hit_tokens
-        paid = self.hit_tokens * self.hit_usd + missed * self.miss_usd + self.output_tokens * self.output_usd
-        return paid / 1e6
+        paid = (
+            (self.hit_tokens, self.hit_usd_per_million_tokens),
+            (self.input_tokens - self.hit_tokens, self.miss_usd_per_million_tokens),
+            (self.output_tokens, self.output_usd_per_million_tokens),
+        )
+        return sum(tokens / 1e6 * price for tokens, price in paid)
 
     def nodes_for(self, *, prefill_tokens_per_second: float, decode_tokens_per_second: float) -> float:
         """So many nodes does the day's work take at these rates of one node."""
