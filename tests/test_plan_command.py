@@ -13,12 +13,14 @@ import torch
 
 from abyssal.commands.plan_command import apart, plan_command
 from abyssal.commands.plan_json import as_json
-from abyssal.commands.plan_page import plan_page
+from abyssal.commands.plan_page import drawn_of, plan_page
 from abyssal.evals.part_bars import Line, PartRow, part_bars
 from abyssal.machine import resolve_device
+from abyssal.model.presets import v3
 from abyssal.plan.in_words import bytes_text
 from abyssal.plan.layout import Layout
 from abyssal.plan.machine_file import machine_toml, read_machine
+from abyssal.plan.schedules import ScheduleName, build_schedule
 from abyssal.plan.search_layouts import search_layouts, ways_to_cut
 from abyssal.plan.stage_plan import RecipePlan
 from abyssal.plan.training import plan_training
@@ -220,6 +222,26 @@ def test_the_schedule_is_drawn_where_there_is_a_pipeline(tmp_path: Path):
     assert "ZB1P" in path.read_text() and path.read_text().count("rank ") >= 4
     with pytest.raises(ValueError, match="there is no pipeline to draw; --html draws memory and time"):
         plan_command([str(RUNS / "node.toml"), "--picture", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pp", "n_micro_batches", "drawn"),
+    [
+        ("interleaved", 5, 100, 25),  # whole rounds of five
+        ("interleaved", 16, 128, 32),
+        ("dualpipe", 10, 120, 30),
+        ("1f1b", 4, 8, 8),  # no more than there are
+    ],
+)
+def test_what_is_drawn_of_a_long_step_is_a_schedule_of_its_own(
+    schedule: ScheduleName, pp: int, n_micro_batches: int, drawn: int
+):
+    layout = Layout(pp=pp, schedule=schedule, chunks=2 if schedule == "interleaved" else 1, dp=1, micro_rows=1)
+    plan = plan_training(
+        v3(), machine=read_machine("h800x2048"), layout=layout, row_len=4096, batch_rows=n_micro_batches
+    )
+    assert drawn_of(plan) == drawn
+    build_schedule(schedule, n_stages=pp, n_micro_batches=drawn, chunks=layout.chunks)
 
 
 def test_measuring_leaves_the_file_that_plans_go_by(

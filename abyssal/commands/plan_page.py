@@ -163,8 +163,9 @@ def time_section(plan: RecipePlan) -> Markup:
         ]
         every = part_bars(shares, title="Every stage’s step, as shares of it", text=percent_text, ticks=False)
         drawn += Markup('<figure class="full">{}</figure>').format(Markup(every))
-    note = Markup('<p class="note">A step of {} takes {}. Most of it: {}; {}.</p>').format(
-        longest.stage, seconds_text(longest.step_seconds), longest.bottleneck, longest.advice
+    most = "; ".join(said for said in (longest.bottleneck, longest.advice) if said)
+    note = Markup('<p class="note">A step of {} takes {}. Most of it: {}.</p>').format(
+        longest.stage, seconds_text(longest.step_seconds), most
     )
     return note + drawn
 
@@ -194,7 +195,7 @@ def schedule_section(plan: RecipePlan) -> Markup:
         return Markup("")
     timeline = training.timeline
     note = (
-        f"{training.n_micro_batches:,} micro-batches of {training.tokens_per_step:,} tokens through "
+        f"A step’s {training.tokens_per_step:,} tokens in {training.n_micro_batches:,} micro-batches through "
         f"{training.layout.pp} ranks: {percent_text(timeline.bubble_share)} of all ranks’ time is bubble, "
         f"{percent_text(timeline.hidden_share)} of communication is hidden."
     )
@@ -218,7 +219,9 @@ def schedule_picture(plan: RecipePlan) -> str:
 
 
 def drawn_of(training: TrainingPlan) -> int:
-    return min(training.n_micro_batches, max(2 * training.layout.pp, DRAWN))
+    """Two micro-batches a rank fill every pipeline; interleaved takes whole rounds of one a rank."""
+    pp = training.layout.pp
+    return min(training.n_micro_batches, max(2, -(-DRAWN // pp)) * pp)
 
 
 def figures_section(machine: MachineSpec) -> Markup:

@@ -247,9 +247,8 @@ class _Run:
 
     def advance(self, rank: int, runnable: list[int]) -> None:
         """Run a rank's slots until one lacks its input; whoever waited for what comes out is runnable again."""
-        order, spans, came, waiter, place = (
-            self.schedule.orders[rank], self.spans[rank], self.came, self.waiter, self.place
-        )  # fmt: skip
+        order, spans = self.schedule.orders[rank], self.spans[rank]
+        came, waiter, place = self.came, self.waiter, self.place
         stride, last, any_send = self.stride, 2 * self.schedule.n_stages - 1, self.any_send
         for k in range(len(spans), len(order)):
             slot, clock = order[k], self.clocks[rank]
