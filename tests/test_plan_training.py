@@ -120,6 +120,21 @@ def test_longer_rows_and_larger_batches_take_longer():
     assert seconds == sorted(seconds)
 
 
+def test_what_a_device_sends_is_counted_by_hand():
+    """Llama-8B in BF16 on two nodes of 8: tp=8, pp=2, one row of 1,024 tokens at a time, 4 of them."""
+    plan = dense_plan(16, rows=4, tp=8, pp=2, schedule="1f1b")
+    sent = {s.way: s for s in plan.sent}
+    hidden = 2 * 1024 * 4096
+    layers = max(len([unit for unit in stage if 1 <= unit <= 32]) for stage in plan.stages)
+    # forward gathers and scatters twice a layer, backward the same and half as much again
+    per_layer = 4 * hidden * 7 / 8 * 2.5
+    assert sent["tensor"].intra_node_bytes in [4 * n * per_layer for n in (layers, 32 - layers)]
+    assert sent["pipeline"].inter_node_bytes == 4 * 2 * hidden / 8
+    assert (
+        sent["experts"].inter_node_bytes == sent["context"].intra_node_bytes == sent["gradients"].inter_node_bytes == 0
+    )
+
+
 def test_what_is_computed_again_is_not_kept():
     kept = {
         recompute: plan_training(

@@ -33,6 +33,9 @@ class Traffic(NamedTuple):
         slowest = max(n_bytes / link.bytes_per_second.value for n_bytes, link in used)
         return slowest + self.messages * max(link.latency_seconds.value for _, link in used)
 
+    def times(self, factor: float) -> Traffic:
+        return Traffic(self.inter_node_bytes * factor, self.intra_node_bytes * factor, round(self.messages * factor))
+
     def plus(self, other: Traffic) -> Traffic:
         return Traffic(
             self.inter_node_bytes + other.inter_node_bytes,
@@ -152,6 +155,13 @@ def gradient_groups(layout: Layout, machine: MachineSpec) -> tuple[Group, Group]
         Group(copies * layout.stage_copies, neighbours),
         Group(expert_copies * layout.stage_copies, expert_neighbours),
     )
+
+
+def ring_traffic(n_bytes: float, group: Group) -> Traffic:
+    """What a rank sends in a reduce-scatter or an all-gather of `n_bytes`; the cards of its node are shared."""
+    sent = n_bytes * (group.size - 1) / group.size
+    across = sent / group.per_node if group.size > group.per_node else 0.0
+    return Traffic(across, sent if group.per_node > 1 else 0.0, group.size - 1)
 
 
 def ring_seconds(n_bytes: float, group: Group, machine: MachineSpec) -> float:

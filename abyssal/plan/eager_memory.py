@@ -73,14 +73,16 @@ def optimizer_state_numbers(tensors: list[Weight], optimizer: str) -> int:
 
 
 def optimizer_scratch_bytes(tensors: list[Weight], optimizer: str) -> float:
-    """Muon stacks all matrices of one shape: several copies of the largest stack."""
+    """Muon stacks all matrices of one shape: several copies of the largest stack, and products of the smaller side."""
     if optimizer != "muon":
         return 0.0
-    stacks: dict[tuple[int, ...], int] = defaultdict(int)
+    stacks: dict[tuple[int, ...], float] = defaultdict(float)
     for weight in tensors:
         if is_muon(weight):
-            stacks[weight.shape[-2:]] += weight.n
-    return 4.0 * MUON_AT_ONCE * max(stacks.values(), default=0)
+            rows, columns = weight.shape[-2:]
+            gram = min(rows, columns) ** 2 / (rows * columns)
+            stacks[rows, columns] += 4.0 * weight.n * (MUON_AT_ONCE + 2 * gram)
+    return max(stacks.values(), default=0.0)
 
 
 def is_muon(weight: Weight) -> bool:

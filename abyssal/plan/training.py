@@ -10,17 +10,18 @@ from functools import reduce
 
 from abyssal.model.config import ModelConfig
 from abyssal.plan.advice import advice_for, bottleneck_of
-from abyssal.plan.communication import stage_traffic
+from abyssal.plan.communication import Traffic, stage_traffic
 from abyssal.plan.layout import Layout
 from abyssal.plan.machine_file import MachineSpec, Precision
+from abyssal.plan.memory import HeldWeights
 from abyssal.plan.operations import head_operations, layer_operations
 from abyssal.plan.roofline import WorkSeconds
 from abyssal.plan.simulate import StageSeconds, Timeline, simulate
 from abyssal.plan.stage_split import split
 from abyssal.plan.training_memory import held_by_rank, memory_by_rank
-from abyssal.plan.training_plan import StepSeconds, TrainingPlan
+from abyssal.plan.training_plan import SentBytes, StepSeconds, TrainingPlan, Way
 from abyssal.plan.unit_costs import NOTHING, UnitCost, unit_costs, unit_kinds
-from abyssal.plan.weight_updates import Optimizer, exposed_gradient_seconds, optimizer_seconds
+from abyssal.plan.weight_updates import Optimizer, exposed_gradient_seconds, gradient_traffic, optimizer_seconds
 
 
 def plan_training(
@@ -75,12 +76,12 @@ def _planned(
     stages = _stages(units, config, layout)
     stage_costs = [reduce(UnitCost.plus, (units[i] for i in stage), NOTHING) for stage in stages]
     tokens = micro_rows * row_len / layout.cp
-    send = stage_traffic(config, layout, machine, n_tokens=tokens, precision=precision).seconds(machine)
+    passed_on = stage_traffic(config, layout, machine, n_tokens=tokens, precision=precision)
     timeline = simulate(
         layout.schedule,
         n_stages=layout.pp,
         n_micro_batches=n_micro_batches,
-        times=[stage_seconds(cost, machine, layout, send_seconds=send) for cost in stage_costs],
+        times=[stage_seconds(cost, machine, layout, send_seconds=passed_on.seconds(machine)) for cost in stage_costs],
         chunks=layout.chunks,
     )
     held = held_by_rank(config, layout, machine, stages)
@@ -129,6 +130,13 @@ def _planned(
         tokens_per_step=batch_rows * row_len,
         n_micro_batches=n_micro_batches,
         step=step,
+        sent=_sent(
+            [stage_costs[stage] for stage in layout.stages_of(busiest)],
+            passed_on,
+            held[busiest],
+            layout,
+            n_micro_batches,
+        ),
         flops_per_token=flops_per_token(config, row_len),
         peak_flops_per_second=machine.peak_flops_per_second[machine.computes_in(precision)],
         memory=memory,
@@ -206,3 +214,21 @@ def _exposed_seconds(
     passes = n_micro_batches / layout.stage_copies
     experts = timeline.exposed_communication_seconds[rank] - timeline.waiting_seconds[rank]
     return passes * sum(each) + experts
+
+
+def _sent(
+    stages: list[UnitCost], passed_on: Traffic, held: HeldWeights, layout: Layout, n_micro_batches: int
+) -> tuple[SentBytes, ...]:
+    passes = n_micro_batches / layout.stage_copies  # through each of the rank's stages
+    inside = reduce(UnitCost.plus, stages, NOTHING)
+    ways: dict[Way, Traffic] = {
+        "experts": inside.experts_sent.times(passes),
+        "tensor": inside.tensor_sent.times(passes),
+        "context": inside.context_sent.times(passes),
+        "pipeline": passed_on.times(2 * passes * len(stages)),
+        "gradients": gradient_traffic(held, layout),
+    }
+    return tuple(
+        SentBytes(way=way, inter_node_bytes=sent.inter_node_bytes, intra_node_bytes=sent.intra_node_bytes)
+        for way, sent in ways.items()
+    )

@@ -6,6 +6,7 @@ Owns the answers; `training.py` works them out.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from abyssal.plan.layout import Layout
 from abyssal.plan.machine_file import Precision
@@ -13,6 +14,8 @@ from abyssal.plan.memory import RankMemory
 from abyssal.plan.simulate import Timeline
 
 SECONDS_PER_HOUR = 3600.0
+
+Way = Literal["experts", "tensor", "context", "pipeline", "gradients"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,15 @@ class StepSeconds:
     @property
     def total_seconds(self) -> float:
         return sum(getattr(self, f.name) for f in fields(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentBytes:
+    """What a device of the busiest pipeline rank sends in a step, whether anything hides it or not."""
+
+    way: Way  # gradients: and the new weights
+    inter_node_bytes: float
+    intra_node_bytes: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +61,7 @@ class TrainingPlan:
     tokens_per_step: int
     n_micro_batches: int
     step: StepSeconds
+    sent: tuple[SentBytes, ...]
     flops_per_token: float  # forward and backward; MTP and what is computed again left out (as ISCA 2025, table 2)
     peak_flops_per_second: float  # of one device, in the precision of the products, from the data sheet
     memory: tuple[RankMemory, ...]  # by pipeline rank

@@ -33,6 +33,9 @@ class UnitCost:
     backward_experts_seconds: float
     forward_exposed_seconds: float
     backward_exposed_seconds: float
+    experts_sent: Traffic  # forward and backward
+    tensor_sent: Traffic
+    context_sent: Traffic
     saved_bytes: float
     largest_bytes: float  # of one operation's result
 
@@ -40,7 +43,7 @@ class UnitCost:
         values: dict[str, Any] = {}
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            values[field.name] = mine.plus(theirs) if isinstance(mine, WorkSeconds) else mine + theirs
+            values[field.name] = mine.plus(theirs) if isinstance(mine, WorkSeconds | Traffic) else mine + theirs
         return UnitCost(**values | {"largest_bytes": max(self.largest_bytes, other.largest_bytes)})
 
     @property
@@ -62,6 +65,9 @@ NOTHING = UnitCost(
     backward_experts_seconds=0.0,
     forward_exposed_seconds=0.0,
     backward_exposed_seconds=0.0,
+    experts_sent=Traffic(),
+    tensor_sent=Traffic(),
+    context_sent=Traffic(),
     saved_bytes=0.0,
     largest_bytes=0.0,
 )
@@ -128,29 +134,32 @@ def unit_cost(
         for gradient in weight_gradient(operation, accumulated=accumulated, gradient_bytes=gradient_bytes)
     ]
     tokens = micro_rows * row_len / layout.cp
-    experts = Traffic(), Traffic()
-    exposed = [Traffic()]
+    experts = tensor = context = Traffic()  # of forward
     if kind == "moe" or (kind == "mtp" and config.is_moe(config.num_hidden_layers)):
-        experts = expert_traffic(config, layout, machine, n_tokens=tokens / layout.tp, precision=precision)
+        dispatch, combine = expert_traffic(config, layout, machine, n_tokens=tokens / layout.tp, precision=precision)
+        experts = dispatch.plus(combine).times(1 + layout.expert_imbalance)
     if is_layer:
         sharded = kind == "dense" or config.n_shared_experts > 0
-        exposed = [tensor_traffic(config, layout, n_tokens=tokens, precision=precision, sharded_ffn=sharded)]
-    ring = _ring_seconds(config, layout, machine, operations, n_tokens=tokens, precision=precision) if is_layer else 0.0
-    tensor_seconds = sum(traffic.seconds(machine) for traffic in exposed)
-    fullest = 1 + layout.expert_imbalance
-    expert_seconds = fullest * sum(traffic.seconds(machine) for traffic in experts)
-    twice = 1.0 if layout.recompute == "full" else 0.0
-    timed = partial(work, machine=machine, routed_share=fullest)
+        tensor = tensor_traffic(config, layout, n_tokens=tokens, precision=precision, sharded_ffn=sharded)
+        context = context_traffic(config, layout, machine, n_tokens=tokens, precision=precision)
+    ring_seconds = _exposed_ring_seconds(context, machine, operations)
+    # backward sends what forward does; what is computed again is sent again; gathered inputs are not kept but gathered
+    # once more for the weights' gradients; keys and values pass once more, and so do their gradients
+    again_share = 1.0 if layout.recompute == "full" else 0.0
+    backward_experts, backward_tensor, backward_context = 1 + again_share, 1.5 + again_share, 2 + again_share
+    timed = partial(work, machine=machine, routed_share=1 + layout.expert_imbalance)
     return UnitCost(
         forward=timed(operations),
         backward_input=timed(into_inputs, direction="backward").plus(timed(again)),
         backward_weight=timed(into_weights),
         beside_experts=work((o for o in operations if o.name.startswith("shared_")), machine),
-        forward_experts_seconds=expert_seconds,
-        backward_experts_seconds=expert_seconds * (1 + twice),
-        forward_exposed_seconds=tensor_seconds + ring,
-        # gathered inputs are not kept but gathered once more for the weights' gradients
-        backward_exposed_seconds=tensor_seconds * (1.5 + twice) + ring * (2 + twice),
+        forward_experts_seconds=experts.seconds(machine),
+        backward_experts_seconds=experts.seconds(machine) * backward_experts,
+        forward_exposed_seconds=tensor.seconds(machine) + ring_seconds,
+        backward_exposed_seconds=tensor.seconds(machine) * backward_tensor + ring_seconds * backward_context,
+        experts_sent=experts.times(1 + backward_experts),
+        tensor_sent=tensor.times(1 + backward_tensor),
+        context_sent=context.times(1 + backward_context),
         saved_bytes=_saved_bytes(operations, layout, config, is_layer=is_layer, precision=precision, n_tokens=tokens),
         largest_bytes=max(_result_bytes(o) for o in operations),
     )
@@ -172,19 +181,10 @@ def _operations(
     )
 
 
-def _ring_seconds(
-    config: ModelConfig,
-    layout: Layout,
-    machine: MachineSpec,
-    operations: list[Operation],
-    *,
-    n_tokens: float,
-    precision: Precision,
-) -> float:
+def _exposed_ring_seconds(passing: Traffic, machine: MachineSpec, operations: list[Operation]) -> float:
     """Keys and values pass while attention computes with the last ones; what takes longer than that is exposed."""
-    passing = context_traffic(config, layout, machine, n_tokens=n_tokens, precision=precision).seconds(machine)
     core = work((o for o in operations if o.kind == "attention"), machine).total_seconds
-    return max(0.0, passing - core)
+    return max(0.0, passing.seconds(machine) - core) if passing.messages else 0.0
 
 
 def _result_bytes(operation: Operation) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Literal
 
-from abyssal.plan.communication import ring_seconds
+from abyssal.plan.communication import Traffic, ring_seconds, ring_traffic
 from abyssal.plan.eager_memory import is_muon
 from abyssal.plan.layout import NUMBER_BYTES, Layout
 from abyssal.plan.machine_file import MachineSpec, Precision
@@ -32,6 +32,12 @@ def exposed_gradient_seconds(
         return n_micro_batches * max(0.0, 2 * gather_seconds + reduce_seconds - hidden)
     earlier = (n_micro_batches - 1) * max(0.0, reduce_seconds - hidden) if layout.zero == 2 else 0.0
     return earlier + max(0.0, reduce_seconds + gather_seconds - hidden)
+
+
+def gradient_traffic(held: HeldWeights, layout: Layout) -> Traffic:
+    """Of one sum of gradients and one round of new weights."""
+    each = NUMBER_BYTES[layout.gradients] + NUMBER_BYTES[layout.weights]
+    return ring_traffic(held.whole * each, held.group).plus(ring_traffic(held.routed * each, held.routed_group))
 
 
 def optimizer_seconds(
