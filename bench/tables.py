@@ -17,6 +17,8 @@ from typing import Any
 
 from ablation_table import ablation_lines
 
+from abyssal.commands.plan_tables import published_rows
+from abyssal.plan.every_published import every_published
 from abyssal.record import read_steps, seconds_of_work
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,6 +253,13 @@ def quantize_table() -> list[str]:
     return lines
 
 
+def published_table() -> list[str]:
+    """Planned anew: `abyssal plan --published` prints the same."""
+    titles = ("what", "published", "planned", "deviation", "published in, and what the plan was given")
+    lines = [f"| {' | '.join(titles)} |", "|---|---:|---:|---:|---|"]
+    return lines + [f"| {' | '.join(row)} |" for row in published_rows(every_published())]
+
+
 def ablation_tables() -> list[str]:
     return ablation_lines(RESULTS / "ablations")
 
@@ -275,6 +284,7 @@ TABLES = {
     "load": load_table,
     "quantize": quantize_table,
     "ablations": ablation_tables,
+    "published": published_table,
 }
 
 

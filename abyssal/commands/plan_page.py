@@ -76,9 +76,9 @@ def lead(plan: RecipePlan) -> Markup:
         said.append(Markup(". It fits: the fullest device holds <b>{}</b>").format(room))
     else:
         said.append(
-            Markup('. <b class="mark wrong">It does not fit</b>: the fullest device would hold <b>{}</b>; {}').format(
-                room, fullest.advice
-            )
+            Markup(
+                '. <b style="color:var(--wrong)">It does not fit</b>: the fullest device would hold <b>{}</b>; {}'
+            ).format(room, fullest.advice)
         )
     said.append(Markup(". What most of the time goes to: {}.").format(longest.bottleneck))
     return Markup("").join(said)

@@ -113,16 +113,35 @@ def verdict(stage: StagePlan) -> str:
 
 
 def print_published(lines: Sequence[Published], console: Console) -> None:
-    """Published, planned, deviation. Arithmetic must be exact; what was measured is shown with its miss."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("what", "published", "planned", "deviation", "kind", "source"):
-        table.add_column(title, justify="right" if title in ("published", "planned", "deviation") else "left")
+    """Published, planned, deviation, and by number where it was published. Arithmetic must be exact; what was measured
+    is shown with its miss."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for title in ("", "published", "planned", "deviation", ""):
+        table.add_column(title, justify="right" if title else "left", no_wrap=bool(title))
+    sources = list(dict.fromkeys(line.source for line in lines))
     for line in lines:
-        table.add_row(
-            line.name, with_unit(line.published, line), with_unit(line.planned, line), deviation_of(line), line.kind,
-            f"{line.source}; given: {line.inputs}" if line.inputs else line.source,
-        )  # fmt: skip
+        name = Text(line.name)
+        if line.inputs:
+            name.append(f"; given: {line.inputs}", style="dim")
+        number = Text(f"[{sources.index(line.source) + 1}]", style="dim")
+        table.add_row(name, with_unit(line.published, line), with_unit(line.planned, line), deviation_of(line), number)
     console.print(table)
+    for k, source in enumerate(sources, start=1):
+        console.print(Text(f"[{k}] {source}", style="dim"), soft_wrap=True)
+
+
+def published_rows(lines: Sequence[Published]) -> list[list[str]]:
+    """What, published, planned, deviation, source and what was given: as the README has them."""
+    return [
+        [
+            line.name,
+            with_unit(line.published, line),
+            with_unit(line.planned, line),
+            deviation_of(line),
+            f"{line.source}; given: {line.inputs}" if line.inputs else line.source,
+        ]
+        for line in lines
+    ]
 
 
 def with_unit(value: float, line: Published) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 from abyssal.model.config import ModelConfig
 from abyssal.plan.machine_file import MachineSpec
 from abyssal.plan.stage_plan import StagePlan, of_training
-from abyssal.stages.planned_work import base_config, is_one_device, layout_for, trained
+from abyssal.stages.planned_work import base_config, is_one_device, trained
 from abyssal.stages.pretrain import PretrainConfig
 from abyssal.stages.recipe import Recipe
 
@@ -53,17 +53,22 @@ def extension(recipe: Recipe, machine: MachineSpec, stage: str) -> Iterator[Stag
         return
     for phase, times in enumerate(config.times):
         row_len, rows = times * like.row_len, config.rows * config.times[0] // times
+        plan = partial(
+            trained, machine=machine, model=replace(base_config(recipe), max_position_embeddings=row_len),
+            optimizer=like.optimizer, dtype=like.dtype, row_len=row_len, rows=rows, micro_rows=config.micro_rows,
+        )  # fmt: skip
+        planned = plan(recipe)
         assumed: tuple[str, ...] = ()
         if not is_one_device(recipe, machine):
-            cp = layout_for(recipe, machine, row_len=row_len, rows=rows).cp
-            assumed = (f"longer rows are cut among cp ranks, {cp} for {row_len:,} tokens: not published how V3 did it",)
+            said = f"longer rows are cut among cp ranks, {planned.layout.cp} for {row_len:,} tokens"
+            if not planned.fits and recipe.parallel.recompute != "full":
+                planned = plan(replace(recipe, parallel=replace(recipe.parallel, recompute="full")))
+                said += ", all recomputed"
+            assumed = (f"{said}; how it was done was not published",)
         yield of_training(
-            trained(
-                recipe, machine, replace(base_config(recipe), max_position_embeddings=row_len),
-                optimizer=like.optimizer, dtype=like.dtype, row_len=row_len, rows=rows, micro_rows=config.micro_rows,
-            ),
+            planned,
             stage=f"{stage}/phase1" if phase == 0 else stage,
             what=f"{rows:,} rows of {row_len:,} tokens",
             tokens=config.steps * rows * row_len,
             assumed=assumed,
-        )  # fmt: skip
+        )
