@@ -161,11 +161,12 @@ def _mla(config: ModelConfig, of: OperationWriter, *, mode: Mode, cache_bytes_pe
     else:
         # of a query only the rotated part is touched; a key is put together from its own part and the shared one
         assembled = n * heads * (2 * rope + (2 * nope + 2 * rope))
-        # latents of other context parallel ranks are projected up here as well
-        more = of.batch.n_rows * of.batch.cached_tokens + (of.batch.cp - 1) * n
+        cached = of.batch.n_rows * of.batch.cached_tokens
+        up = of.product("kv_b_proj", "attention", latent, heads * (nope + value), saved="input", more_rows=cached)
         operations += [
             *of.quantise("kv_latent", "attention", latent),
-            of.product("kv_b_proj", "attention", latent, heads * (nope + value), saved="input", more_rows=more),
+            up,
+            *_of_others(up, of.batch.cp),
             of.memory("rope", "attention", wide * assembled, backward_bytes=wide * assembled, recomputed=True),
             of.core(heads=heads, kv_heads=heads, key=nope + rope, value=value, made_again=True),
         ]
@@ -174,6 +175,20 @@ def _mla(config: ModelConfig, of: OperationWriter, *, mode: Mode, cache_bytes_pe
         *of.quantise("attention_output", "attention", heads * value, kept=True),
         of.product("o_proj", "attention", heads * value, d, saved="attention"),
     ]
+
+
+def _of_others(up: Operation, cp: int) -> list[Operation]:
+    """Latents of other context parallel ranks, which pass by one after the other, are projected up here as well."""
+    if cp == 1:
+        return []
+    times = cp - 1
+    return [
+        replace(
+            up, name="kv_b_proj_of_others", kind="grouped_gemm", groups=times, calls=times, backward_calls=times,
+            flops=times * up.flops, moved_bytes=times * up.moved_bytes, backward_bytes=times * up.backward_bytes,
+            saved_bytes=0.0,
+        )
+    ]  # fmt: skip
 
 
 def _gqa(config: ModelConfig, of: OperationWriter, *, mode: Mode, cache_bytes_per_number: float) -> list[Operation]:

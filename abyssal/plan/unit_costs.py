@@ -188,11 +188,11 @@ def _exposed_ring_seconds(passing: Traffic, machine: MachineSpec, operations: li
 
 
 def _result_bytes(operation: Operation) -> float:
-    """Of a product exactly; of a pass about half of what it moves."""
+    """Of a product exactly, of several one after the other of one; of a pass about half of what it moves."""
     if operation.kind == "memory":
         return operation.moved_bytes / 2
     wide = NUMBER_BYTES[not_fp8(operation.precision)]
-    return wide * operation.groups * operation.rows * operation.outer
+    return wide * operation.groups * operation.rows * operation.outer / operation.calls
 
 
 def _saved_bytes(
