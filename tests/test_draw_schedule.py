@@ -92,6 +92,15 @@ def test_numbers_stand_only_where_they_can_be_read():
     assert len(boxes(many)["backward"]) == 400
 
 
+def test_a_number_stands_where_the_longest_could():
+    """Ten pixels a unit: a forward has room for one figure and not for two, a backward for two."""
+    ten = simulate("none", n_stages=1, n_micro_batches=10, times=PLAIN)
+    twenty = simulate("none", n_stages=1, n_micro_batches=20, times=PLAIN)
+    scale = {"width": LEFT + RIGHT + 600, "until_seconds": 60}
+    assert [len(texts(draw_schedule(line, **scale), "number")) for line in (ten, twenty)] == [20, 20]
+    assert texts(draw_schedule(twenty, **scale), "number") == [str(n) for n in range(20)]  # of backwards alone
+
+
 def test_light_and_dark():
     """Alone it follows the system; in a page, what the page has chosen."""
     svg = draw_schedule(simulate("none", n_stages=1, n_micro_batches=1, times=PLAIN))

@@ -45,6 +45,15 @@ def test_a_rank_sends_one_message_at_a_time():
     assert sends[:2] == [(0, 1, 3), (1, 3, 5)]
 
 
+def test_queueing_behind_another_message_is_not_communication():
+    """Rank 1's gradient, ready at 27, leaves at 32, behind its second forward. Rank 0, idle since 2, waits for what is
+    on its way from 32 to 42; and for the next, ready at 37 and on its way from 42 to 52, since 44."""
+    times = [replace(PLAIN, send_seconds=10), replace(PLAIN, send_seconds=10), PLAIN]
+    line = simulate("1f1b", n_stages=3, n_micro_batches=2, times=times)
+    assert [start for start, _ in line.slot_seconds[0]] == [0, 1, 42, 52]
+    assert line.waiting_seconds[0] == 10 + 8
+
+
 def test_a_stage_that_turns_round_on_its_own_rank_sends_nothing():
     """The V's lowest rank holds the middle stages, its highest the first and the last."""
     line = simulate("zbv", n_stages=2, n_micro_batches=3, times=replace(PLAIN, send_seconds=1))
