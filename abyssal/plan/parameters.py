@@ -67,11 +67,6 @@ def count_active(config: ModelConfig) -> int:
     return active
 
 
-def count_mtp(config: ModelConfig) -> int:
-    """What MTP modules have to themselves; embedding and head are the main model's."""
-    return sum(w.n for w in weights(config) if w.part == "mtp")
-
-
 def cache_bytes_per_token(config: ModelConfig, bytes_per_number: float = 2.0) -> float:
     """What all main layers keep of one token while generating: 70,272 for V3 in BF16."""
     return bytes_per_number * config.cache_width * config.num_hidden_layers
