@@ -167,5 +167,19 @@ def test_bad_sizes_are_refused_in_one_line():
         with pytest.raises(ValueError, match=message) as caught:
             Layout(**sizes).on(H800)
         assert "\n" not in str(caught.value)
+    small = replace(H800, n_devices=64)
+    for config, cut, message in [
+        (DENSE, dict(tp=64), "tp=64 does not divide 32 attention heads"),
+        (DENSE, dict(ep=8), "ep=8 has no experts to share out"),
+        (v2_lite(), dict(ep=32, tp=2, cp=2, dp=8, pp=2, schedule="1f1b"), None),
+        (replace(v2_lite(), n_routed_experts=48), dict(ep=32), "ep=32 does not divide 48 routed experts"),
+        (DENSE, dict(cp=64), "cp=64 does not divide rows of 1000 tokens"),
+    ]:
+        layout = Layout(kernels="fused", **cut)
+        if message is None:
+            assert plan_training(config, machine=small, layout=layout, row_len=1000, batch_rows=64).step_seconds > 0
+            continue
+        with pytest.raises(ValueError, match=message):
+            plan_training(config, machine=small, layout=layout, row_len=1000, batch_rows=64)
     with pytest.raises(ValueError, match="100 rows of a step do not divide among dp=128"):
         plan_training(v3(), machine=H800, layout=V3_LAYOUT, row_len=4096, batch_rows=100)

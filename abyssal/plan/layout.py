@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from abyssal.model.config import ModelConfig
 from abyssal.plan.machine_file import MachineSpec, Precision
 
 Schedule = Literal["none", "1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev"]
@@ -40,7 +41,7 @@ class Layout:
     moments: Precision = "float32"
     gradients: Precision = "float32"
     overlap_expert_communication: bool = False
-    overlap_gradient_communication: bool = True  # with the backward pass of the last micro-batch
+    overlap_gradient_communication: bool = True  # with the work of a micro-batch
     kernels: Kernels = "eager"  # eager: one pass over memory for each of torch's operations, as this project trains
 
     def __post_init__(self) -> None:
@@ -82,6 +83,17 @@ class Layout:
         if n_devices % cut:
             raise ValueError(f"parallel: pp*cp*tp={cut} does not divide {n_devices} devices; change one or give dp")
         return replace(self, dp=n_devices // cut)  # checks ep
+
+    def check_model(self, config: ModelConfig, row_len: int) -> None:
+        """A ValueError where heads, experts or tokens of a row do not divide among the ranks that share them."""
+        if config.num_attention_heads % self.tp:
+            raise ValueError(f"parallel.tp={self.tp} does not divide {config.num_attention_heads} attention heads")
+        if self.ep > 1 and config.feed_forward == "dense":
+            raise ValueError(f"parallel.ep={self.ep} has no experts to share out: the model is dense; use ep=1")
+        if config.feed_forward == "moe" and config.n_routed_experts % self.ep:
+            raise ValueError(f"parallel.ep={self.ep} does not divide {config.n_routed_experts} routed experts")
+        if row_len % self.cp:
+            raise ValueError(f"parallel.cp={self.cp} does not divide rows of {row_len} tokens")
 
     @property
     def n_devices(self) -> int:

@@ -61,6 +61,7 @@ def _planned(
     optimizer: Optimizer,
 ) -> TrainingPlan:
     """The plan without advice: advice comes from planning with other layouts."""
+    layout.check_model(config, row_len)
     n_micro_batches, micro_rows = layout.micro_batches(batch_rows)
     precision = resolve_precision(layout, machine)
     costs = unit_costs(
