@@ -183,6 +183,7 @@ def test_options_with_a_dot_are_the_recipes():
         (["runs/nothing.toml"], "recipe runs/nothing.toml does not exist"),
         ([str(RUNS / "node.toml"), "--machine", "abacus"], "abacus.toml does not exist; there are"),
         ([str(RUNS / "node.toml"), "--parallel.pp", "3"], "parallel.pp=3 does not go with schedule='none'"),
+        ([str(RUNS / "one_gpu.toml"), "--search", "--plan.stages", "zero"], "--search is of `pretrain`, which plan.stages"),
         (["--ram", "128GB"], "--ram 128GB is beside a card; name it with --card 24GB"),
         (["--card", "many"], "many.toml does not exist"),
         (["v2_lite", "--serve", "--machine", "h200", "--serving.tp", "3"], "serving.tp=3 does not divide"),
@@ -218,10 +219,13 @@ def test_shards_are_those_of_the_recipes_layout(capsys: pytest.CaptureFixture[st
 
 def test_the_schedule_is_drawn_where_there_is_a_pipeline(tmp_path: Path):
     path = tmp_path / "schedule.svg"
-    plan_command([str(RUNS / "v2_lite.toml"), "--picture", str(path)])
+    plan_command([str(RUNS / "v2_lite.toml"), "--picture", str(path), "--pretrain.rows", "1024"])
     assert "ZB1P" in path.read_text() and path.read_text().count("rank ") >= 4
+
+
+def test_one_stage_has_no_schedule_to_draw(tmp_path: Path):
     with pytest.raises(ValueError, match="there is no pipeline to draw; --html draws memory and time"):
-        plan_command([str(RUNS / "node.toml"), "--picture", str(path)])
+        plan_command([str(RUNS / "node.toml"), "--picture", str(tmp_path / "schedule.svg")])
 
 
 @pytest.mark.parametrize(

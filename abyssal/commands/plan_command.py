@@ -129,6 +129,11 @@ def about_recipe(path: str, options: PlanOptions, overrides: list[str], answers:
     answers.picture = schedule_picture(plan)
     print_plan(plan, console)
     trained = next((stage.training for stage in plan.stages if stage.stage == "pretrain"), None)
+    for option, asked in (("--search", options.search), ("--shards", options.shards)):
+        if asked and trained is None:
+            raise ValueError(
+                f"{option} is of `pretrain`, which plan.stages={list(recipe.plan.stages)} leaves out; add it"
+            )
     if options.search:
         search = search_answer(recipe, machine, trained, Console(stderr=True))
         answers.for_programs["search"] = search
