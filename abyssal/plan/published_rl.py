@@ -44,8 +44,8 @@ class Stretch:
     max_tokens: float
 
 
-# read off figure 1b of the Nature article, whose axis ends at 20,000: about 0.5K at the start, 2.5K at step 2,000, 4K
-# at 4,000, 6K at 6,000, 9K where the limit was doubled, 16K at the end; each stretch has the mean of its ends
+# figure 1b of the Nature article as others describe its curve: 2.5K at step 2,000, 4K at 4,000, 6K at 6,000, 15K to 16K
+# at the end; from memory 0.5K at the start and 9K where the limit was doubled. Each stretch has the mean of its ends
 R1_ZERO = (
     Stretch(steps=2000, mean_tokens=1500, max_tokens=32768),
     Stretch(steps=2000, mean_tokens=3250, max_tokens=32768),
@@ -85,7 +85,7 @@ def published_rl() -> list[Published]:
     price = machine.price_usd_per_device_hour
     assert price is not None, "the published cost is at 2 USD an hour"
     whole = zero + SFT_DATA_DEVICE_HOURS + r1
-    lengths = "mean lengths read off figure 1b, 0.5K to 16K"
+    lengths = "mean lengths from descriptions of figure 1b, 0.5K to 16K, partly memory"
     assumed = "EP32 units, drafts kept 85 % of the time, prompts of 200 tokens"
     return [
         Published(

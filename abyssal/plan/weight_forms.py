@@ -36,13 +36,13 @@ WEIGHT_FORMS: dict[str, WeightForm] = {
             name="q4_k_m",
             bytes_per_weight=4.82 / 8,
             computes_in="bfloat16",
-            source="unsloth/DeepSeek-V3-GGUF's model card: 377 GiB of 671 billion weights in Q4_K_M",
+            source="unsloth/DeepSeek-V3-GGUF's model card: Q4_K_M in 377 GB, which are GiB",
         ),
         WeightForm(
             name="q2_k",
             bytes_per_weight=2.92 / 8,
             computes_in="bfloat16",
-            source="unsloth/DeepSeek-V3-GGUF's model card: 228 GiB of 671 billion weights in Q2_K_L",
+            source="unsloth/DeepSeek-V3-GGUF's model card: Q2_K_L in 228 GB, which are GiB",
         ),
     )
 }
