@@ -29,6 +29,7 @@ from abyssal.plan.in_words import (
         (usd_text(5_576_000), "$5.58M"),
         (usd_text(87_072), "$87.1K"),
         (usd_text(12.5), "$12.50"),
+        (usd_text(0.02641), "$0.0264"),
         (seconds_text(0.01476), "14.8 ms"),
         (seconds_text(2.5e-5), "25 us"),
         (seconds_text(19.926), "19.9 s"),

@@ -183,7 +183,7 @@ def test_options_with_a_dot_are_the_recipes():
         (["runs/nothing.toml"], "recipe runs/nothing.toml does not exist"),
         ([str(RUNS / "node.toml"), "--machine", "abacus"], "abacus.toml does not exist; there are"),
         ([str(RUNS / "node.toml"), "--parallel.pp", "3"], "parallel.pp=3 does not go with schedule='none'"),
-        ([str(RUNS / "one_gpu.toml"), "--search", "--plan.stages", "zero"], "--search is of `pretrain`, which plan.stages"),
+        ([str(RUNS / "one_gpu.toml"), "--search", "--plan.stages", "zero"], "--search is of `pretrain`, which plan"),
         (["--ram", "128GB"], "--ram 128GB is beside a card; name it with --card 24GB"),
         (["--card", "many"], "many.toml does not exist"),
         (["v2_lite", "--serve", "--machine", "h200", "--serving.tp", "3"], "serving.tp=3 does not divide"),

@@ -96,4 +96,10 @@ def search_section(answer: SearchAnswer) -> Markup:
         '<p class="note">{}. Searched: the ways to cut the model, what ZeRO shares out, recomputation, schedule, rows '
         "of a micro-batch. The first is no worse than any layout one change away.</p>{}<h3>Why its neighbours fall out"
         "</h3>{}"
-    ).format(headline(search), table_of(TITLES, rows_of(answer)), beside)
+    ).format(headline(search), table_of(TITLES, [in_two_lines(row) for row in rows_of(answer)]), beside)
+
+
+def in_two_lines(row: list[str]) -> list[str | Markup]:
+    """How the model is cut, and in small print the rest."""
+    cut, zero, rest = row[0].partition(" zero=")
+    return [Markup("{} <small>{}</small>").format(cut, (zero + rest).strip()), *row[1:]]

@@ -22,7 +22,9 @@ def flops_text(flops_per_second: float) -> str:
 
 
 def usd_text(usd: float) -> str:
-    """5_576_000 -> '$5.58M', 87_072 -> '$87.1K', 12.5 -> '$12.50'."""
+    """5_576_000 -> '$5.58M', 87_072 -> '$87.1K', 12.5 -> '$12.50', 0.0264 -> '$0.0264'."""
+    if 0 < abs(usd) < 0.1:
+        return f"${usd:.3g}"
     return f"${usd:.2f}" if abs(usd) < 1000 else f"${count_text(usd)}"
 
 
