@@ -142,7 +142,7 @@ class OperationWriter:
         self, name: str, part: Part, width: int, *, tokens: int | None = None, kept: bool = False
     ) -> list[Operation]:
         """The pass that makes FP8 of a product's input. Backward reads it, transposes it and writes it with its tiles
-        turned from 1 x 128 to 128 x 1, for the weight gradient. (DeepSeek-V3 section 3.5.2) `kept`: not made again."""
+        turned from 1 x 128 to 128 x 1, for the weight gradient. (V3 section 3.5.2; memory) `kept`: not made again."""
         if self.precision != "fp8":
             return []
         numbers = (self.batch.n_tokens if tokens is None else tokens) * width

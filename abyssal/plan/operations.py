@@ -2,7 +2,7 @@
 
 Owns which operations there are and their shapes, no seconds: those are `roofline.py`'s. Counted as good kernels work: a
 norm, a rotation or a SwiGLU is one pass; attention never writes its scores; FP8 products have their inputs quantised
-in a pass of their own, as it is done (DeepSeek-V3 section 3.5.2).
+in a pass of their own, as it is done (DeepSeek-V3 section 3.5.2; memory).
 A multiply and an add are two FLOP. Causal attention counts only the pairs that a query may see.
 """
 

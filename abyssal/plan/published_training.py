@@ -49,7 +49,7 @@ V3_LAYOUT = Layout(  # section 3.2, types of numbers section 3.3
     overlap_gradient_communication=False,  # table 4 of ISCA has the optimizer's time apart
     kernels="fused",
 )
-V2_LAYOUT = Layout(  # section 3.1.3
+V2_LAYOUT = Layout(  # section 3.1.3 (memory)
     pp=16,
     ep=8,
     zero=1,
@@ -306,7 +306,7 @@ def _llama() -> list[Published]:
                 planned=plan.flops_per_second_per_device / 1e12,
                 kind="measured",
                 source=LLAMA_PAPER,
-                inputs=f"tp=8, pp=16, cp={cp}, 16M tokens a step, one layer a chunk (section 3.3.2)",
+                inputs=f"tp=8, pp=16, cp={cp}, 16M tokens a step, one layer a chunk (section 3.3.2, memory)",
             )
         )
     return lines

@@ -168,7 +168,7 @@ def resolve_precision(layout: Layout, machine: MachineSpec) -> Precision:
 
 def stage_seconds(cost: UnitCost, machine: MachineSpec, layout: Layout, *, send_seconds: float = 0.0) -> StageSeconds:
     """DualPipe's pairs hide expert communication behind computing, which goes on with the compute units that are left;
-    other schedules hide it behind shared experts only, which wait for no other rank. (DeepSeek-V2 section 3.1.3)"""
+    other schedules hide it behind shared experts only, which wait for no other rank. (V2 section 3.1.3; memory)"""
     forward_experts, backward_experts = cost.forward_experts_seconds, cost.backward_experts_seconds
     pairs = layout.schedule in ("dualpipe", "dualpipev")
     if layout.overlap_expert_communication and not pairs:
