@@ -87,6 +87,17 @@ def test_longer_rows_are_cut_among_more_ranks_and_few_rows_fill_the_pipeline():
     assert layout_for(r1, with_given(r1, machine), row_len=32768, rows=64).on_devices(512).dp == 2
 
 
+def test_all_of_r1_is_planned_and_fits():
+    """Its dense student too, which has no experts for the layout's ep ranks to share out."""
+    recipe = recipe_of("r1")
+    plan = plan_recipe(recipe, machine=read_machine(recipe.plan.machine))
+    stages = {stage.stage: stage for stage in plan.stages}
+    assert plan.fits and list(stages)[-3:] == ["reject", "align", "distil"]
+    assert stages["distil"].training is not None and stages["distil"].training.layout.ep == 1
+    assert stages["reject"].tokens == stages["distil"].tokens == 2 * 804_745 * 5355
+    assert plan.whole.device_hours == pytest.approx(sum(stage.device_hours for stage in plan.stages))
+
+
 def test_r1_zero_is_planned_in_parts_of_its_own_lengths():
     """650 rollouts of 8,192 answers in five parts, each with its mean length; the last ones take the longest."""
     recipe = recipe_of("r1")

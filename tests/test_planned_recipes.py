@@ -12,6 +12,8 @@ from abyssal.model.presets import PRESETS
 from abyssal.optim.schedule import total_rows
 from abyssal.plan.layout import Layout
 from abyssal.plan.plan_config import PlanConfig
+from abyssal.plan.published_rl import ACCEPTANCE, PROMPT_TOKENS, R1_ZERO, ROLLOUT, TRAINING
+from abyssal.plan.published_training import V3_LAYOUT
 from abyssal.stages.recipe import Recipe, read_recipe
 from abyssal.stages.way import check_runnable, open_run
 
@@ -54,6 +56,14 @@ def test_v3_is_laid_out_as_published():
     layout = recipe_of("v3").parallel.on_devices(2048)
     assert (layout.pp, layout.ep, layout.tp, layout.dp, layout.zero) == (16, 64, 1, 128, 1)
     assert (layout.schedule, layout.precision, layout.moments) == ("dualpipe", "fp8", "bfloat16")
+
+
+def test_recipes_say_what_the_published_lines_were_planned_with():
+    assert recipe_of("v3").parallel == V3_LAYOUT
+    r1 = recipe_of("r1")
+    assert replace(r1.parallel, dp=32) == TRAINING and r1.plan.rollout == ROLLOUT and r1.plan.devices == 512
+    assert (r1.plan.prompt_tokens, r1.plan.draft_acceptance) == (PROMPT_TOKENS, ACCEPTANCE)
+    assert r1.plan.answer_tokens["zero"] == tuple(stretch.mean_tokens for stretch in R1_ZERO)
 
 
 def test_r1_draws_as_many_answers_as_published():

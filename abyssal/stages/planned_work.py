@@ -43,6 +43,8 @@ def trained(
 ) -> TrainingPlan:
     """A training step in the recipe's layout. `dtype` is the section's, where [parallel] leaves it open."""
     layout = layout_for(recipe, machine, row_len=row_len, rows=rows)
+    if model.feed_forward == "dense":  # a student: it has no experts to share out
+        layout = replace(layout, ep=1, experts_nodes=0, expert_imbalance=0.0, overlap_expert_communication=False)
     if layout.micro_rows == 0:
         layout = replace(layout, micro_rows=micro_rows)
     if layout.precision == "auto" and dtype != "auto":
