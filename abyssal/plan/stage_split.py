@@ -11,36 +11,43 @@ from itertools import accumulate
 
 from abyssal.plan.layout import Layout
 
+LEAST_HIDDEN = 0.05  # share of a pair's work that counts as hidden at least: of cuts as good, the even one is taken
 ALIKE = 0.02  # a rank fuller by this share is as good where it makes stages more even
 ROUNDS = 30  # of halving the interval that the best fullest rank lies in
 
 
-def split(costs: Sequence[float], layout: Layout) -> list[range]:
-    """Indices of the units of each stage. Ranks that hold a stage from each end (DualPipe, V shapes) are weighed whole,
-    other stages each by itself, since each is a link of the chain that every micro-batch passes."""
+def split(costs: Sequence[float], layout: Layout, *, hidden_share: float = 0.0) -> list[range]:
+    """Indices of the units of each stage. Stages that one rank holds from both ends (DualPipe, V shapes) are weighed
+    together: they run in pairs, which hide `hidden_share` of the work of the smaller one twice over. Other stages are
+    weighed each by itself, since each is a link of the chain that every micro-batch passes."""
     if len(costs) < layout.n_stages:
         raise ValueError(
             f"parallel: {layout.n_stages} stages are more than embedding, layers and head together ({len(costs)}); "
             f"use less pp or chunks"
         )
-    from_both_ends = layout.schedule in ("dualpipe", "dualpipev", "zbv")
-    cuts = _cuts(tuple(costs), layout.n_stages, from_both_ends)
+    in_pairs = layout.schedule in ("dualpipe", "dualpipev", "zbv")
+    cuts = _cuts(tuple(costs), layout.n_stages, max(LEAST_HIDDEN, hidden_share) if in_pairs else None)
     return [range(start, end) for start, end in zip([0, *cuts], [*cuts, len(costs)], strict=True)]
 
 
+def pair_load(front: float, back: float, hidden_share: float) -> float:
+    """What a rank with these two stages is busy for."""
+    return front + back - 2 * hidden_share * min(front, back)
+
+
 @lru_cache(maxsize=64)  # plans of one model under many batches and layouts ask for the same again and again
-def _cuts(costs: tuple[float, ...], n: int, from_both_ends: bool) -> list[int]:
+def _cuts(costs: tuple[float, ...], n: int, hidden_share: float | None) -> tuple[int, ...]:
     sums = [0.0, *accumulate(costs)]
-    low, high = sums[-1] / n, 2 * sums[-1]
-    if not from_both_ends:
-        return _lightest(lambda most: _one_way(sums, n, most), low, high)[0]
-    _, fullest = _lightest(lambda most: _from_both_ends(sums, n // 2, most, most), 2 * low, high)
-    # of the cuts that are about as good, the one with the lightest single stage: the two of a rank run as pairs
+    if hidden_share is None:
+        return _lightest(lambda most: _one_way(sums, n, most), 0.0, 2 * sums[-1])[0]
+    whole = 2 * sums[-1]
+    _, fullest = _lightest(lambda most: _from_both_ends(sums, n // 2, most, whole, hidden_share), 0.0, whole)
+    # what the fullest rank leaves open, and a little more, makes stages even
     enough = fullest * (1 + ALIKE)
-    return _lightest(lambda most: _from_both_ends(sums, n // 2, enough, most), low, enough)[0]
+    return _lightest(lambda most: _from_both_ends(sums, n // 2, enough, most, hidden_share), 0.0, whole)[0]
 
 
-def _lightest(attempt: Callable[[float], list[int] | None], low: float, high: float) -> tuple[list[int], float]:
+def _lightest(attempt: Callable[[float], list[int] | None], low: float, high: float) -> tuple[tuple[int, ...], float]:
     """The cuts that the least bound gives for which there are any, and that bound."""
     best = attempt(high)
     assert best is not None, "everything fits under the whole"
@@ -48,7 +55,7 @@ def _lightest(attempt: Callable[[float], list[int] | None], low: float, high: fl
         middle = (low + high) / 2
         found = attempt(middle)
         low, high, best = (low, middle, found) if found is not None else (middle, high, best)
-    return best, high
+    return tuple(best), high
 
 
 def _one_way(sums: Sequence[float], n_stages: int, most: float) -> list[int] | None:
@@ -65,24 +72,27 @@ def _one_way(sums: Sequence[float], n_stages: int, most: float) -> list[int] | N
     return cuts[:-1] if start == n else None
 
 
-def _from_both_ends(sums: Sequence[float], n_pairs: int, most: float, most_alone: float) -> list[int] | None:
-    """The same where stages `r` and `-1 - r` are at most `most` together and `most_alone` by themselves. From the
+def _from_both_ends(
+    sums: Sequence[float], n_pairs: int, most: float, most_alone: float, hidden_share: float
+) -> list[int] | None:
+    """The same where stages `r` and `-1 - r` together are at most `most`, each by itself at most `most_alone`. From the
     outside in: whatever the front takes, it is best that the back takes as much as it may."""
     failed: set[tuple[int, int, int]] = set()
+
+    def fits(start: int, front: int, back: int, end: int) -> bool:
+        one, other = sums[front] - sums[start], sums[end] - sums[back]
+        return max(one, other) <= most_alone and pair_load(one, other, hidden_share) <= most
 
     def search(left: int, start: int, end: int) -> list[int] | None:
         """Cuts for `left` pairs within units start..end."""
         if left == 1:
-            return _halved(sums, start, end, most_alone) if sums[end] - sums[start] <= most else None
+            return next(([middle] for middle in range(start + 1, end) if fits(start, middle, middle, end)), None)
         if (left, start, end) in failed:
             return None
         others = 2 * (left - 1)
         for front in range(start + 1, end - others):
-            if sums[front] - sums[start] > most_alone:
-                break
-            room = min(most_alone, most - (sums[front] - sums[start]))
             back = end
-            while back - 1 >= front + others and sums[end] - sums[back - 1] <= room:
+            while back - 1 >= front + others and fits(start, front, back - 1, end):
                 back -= 1
             if back == end:
                 break  # no room for one unit at the far end; a longer front leaves even less
@@ -93,10 +103,3 @@ def _from_both_ends(sums: Sequence[float], n_pairs: int, most: float, most_alone
         return None
 
     return search(n_pairs, 0, len(sums) - 1)
-
-
-def _halved(sums: Sequence[float], start: int, end: int, most_alone: float) -> list[int] | None:
-    for middle in range(start + 1, end):
-        if max(sums[middle] - sums[start], sums[end] - sums[middle]) <= most_alone:
-            return [middle]
-    return None

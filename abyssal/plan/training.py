@@ -74,7 +74,7 @@ def _planned(
         accumulated=n_micro_batches > 1,
     )
     units = [costs[kind] for kind in unit_kinds(config)]
-    stages = _stages(units, config, layout)
+    stages = _stages(units, config, machine, layout)
     stage_costs = [reduce(UnitCost.plus, (units[i] for i in stage), NOTHING) for stage in stages]
     tokens = micro_rows * row_len / layout.cp
     passed_on = stage_traffic(config, layout, machine, n_tokens=tokens, precision=precision)
@@ -195,12 +195,15 @@ def stage_seconds(cost: UnitCost, machine: MachineSpec, layout: Layout, *, send_
     )
 
 
-def _stages(units: list[UnitCost], config: ModelConfig, layout: Layout) -> list[range]:
+def _stages(units: list[UnitCost], config: ModelConfig, machine: MachineSpec, layout: Layout) -> list[range]:
     """Head and MTP modules are one piece: they share the head's matrix."""
     whole = [unit.work_seconds for unit in units]
     n_tail = config.num_nextn_predict_layers
     costs = [*whole[: len(whole) - n_tail - 1], sum(whole[len(whole) - n_tail - 1 :])]
-    stages = split(costs, layout)
+    whole_model = stage_seconds(reduce(UnitCost.plus, units, NOTHING), machine, layout)
+    apart_seconds = whole_model.forward_seconds + whole_model.backward_seconds
+    hidden_share = (apart_seconds - whole_model.pair_seconds) / sum(costs)
+    stages = split(costs, layout, hidden_share=min(0.5, hidden_share))
     return [*stages[:-1], range(stages[-1].start, len(units))]
 
 
