@@ -85,6 +85,19 @@ def test_answers_with_drafts_equal_plain_ones(kind):
         assert engine.draft_stats.drafter == ("MTP" if kind == "mla_moe_query_latent" else "prompt look-up")
 
 
+@pytest.mark.parametrize("native", [None, False])
+def test_drafts_of_a_bfloat16_model(native):
+    """Hidden states wait for MTP in the model's type, whatever type the runner hands them over in."""
+    model = small_model("mla_moe_query_latent", dtype=torch.bfloat16)
+    prompts, params = random_prompts([3, 16]), SamplingParams(max_tokens=12, temperature=0.0)
+    without, drafting = (
+        Engine(model, eos_ids=[], speculate=speculate, native=native, block_size=16) for speculate in ("off", 2)
+    )
+    want, got = without.generate(prompts, params), drafting.generate(prompts, params)
+    assert drafting.draft_stats.error is None and drafting.draft_stats.n_drafted
+    same_completions(got, want, tolerance=0.1 if native is False else 1e-5)  # plain BF16 rounds by the batch's size
+
+
 @pytest.mark.parametrize("kind", ["mla_moe_query_latent", "gqa_dense"])
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
 def test_accepted_drafts_save_steps_and_are_what_would_have_been_drawn(kind, share):

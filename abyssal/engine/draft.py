@@ -153,10 +153,11 @@ class MtpDrafter:
         self._n_kept_R = np.zeros(n_rows, np.int64)
 
     def begin(self, rows_B: np.ndarray, hidden: list[Tensor]) -> None:
-        self._hidden_RWD[torch.from_numpy(rows_B), 0] = torch.stack(hidden)
+        self._hidden_RWD[torch.from_numpy(rows_B), 0] = torch.stack(hidden).to(self._hidden_RWD.dtype)
         self._n_kept_R[rows_B] = 1
 
     def went_on(self, rows_B: np.ndarray, counts_B: np.ndarray, kept_B: np.ndarray, hidden_XD: Tensor) -> None:
+        hidden_XD = hidden_XD.to(self._hidden_RWD.dtype)  # native ones are BF16 numbers in FP32
         if len(hidden_XD) == len(rows_B):  # nothing was drafted
             self._hidden_RWD[torch.from_numpy(rows_B), torch.from_numpy(self._n_kept_R[rows_B])] = hidden_XD
             self._n_kept_R[rows_B] += 1

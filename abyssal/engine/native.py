@@ -215,7 +215,7 @@ class NativeForward:
     ) -> Tensor:
         """Hidden states of one MTP module, which joins those given with the embedding of these ids."""
         tokens = _flat(ids_BT, positions_BT, blocks_BN, counts_B)
-        return self._run(tokens, np.arange(0), module=module, hidden_ND=hidden_XD)[1]
+        return self._run(tokens, np.arange(0), module=module, hidden_ND=hidden_XD.float().contiguous())[1]
 
     def logits(self, hidden_XD: Tensor) -> Tensor:
         hidden_XD = hidden_XD.float().contiguous()
