@@ -124,7 +124,8 @@ def test_a_checkpoint_too_large_is_refused_by_its_config_alone(
         dispatch([name, config_only(tmp_path, "v3"), *rest])
     line = " ".join(str(error.value).split())
     assert "cannot fit: it takes about 2.73 TB (experts" in line and "RAM has 16 GB" in line
-    assert line.endswith("or try all the same with --no-refuse") and "\n" not in str(error.value)
+    assert line.endswith("what a machine can serve, or try all the same with --no-refuse")
+    assert "\n" not in str(error.value)
 
 
 def test_fewer_bits_are_let_through_where_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -132,7 +133,7 @@ def test_fewer_bits_are_let_through_where_they_fit(tmp_path: Path, monkeypatch: 
     limit = MemoryLimit(16_000_000_000, 16_000_000_000, "RAM")
     monkeypatch.setattr("abyssal.stages.machine_here.memory_limit", lambda: limit)
     directory = config_only(tmp_path, "v2_lite")
-    with pytest.raises(ValueError, match=r"takes about 62\.8 GB .* keep them in fewer bits with --weights int4"):
+    with pytest.raises(ValueError, match=r"takes about 62\.8 GB .* keep them in fewer bits, .* GB with --weights int4"):
         dispatch(["perplexity", directory, "--device", "cpu"])
     with pytest.raises((ValueError, OSError)) as error:
         dispatch(["perplexity", directory, "--device", "cpu", "--weights", "int4"])

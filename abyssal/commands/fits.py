@@ -9,6 +9,7 @@ import torch
 
 from abyssal.checkpoint.load import FORMATS, Weights, load_config
 from abyssal.machine import Precision, compute_dtype, resolve_device
+from abyssal.plan.in_words import bytes_text
 from abyssal.plan.loaded_weights import loaded_bytes
 from abyssal.plan.refuse import refuse_beyond
 from abyssal.stages.machine_here import device_limit
@@ -25,14 +26,14 @@ def check_loadable(
         computes_in = dtype
     else:
         computes_in = compute_dtype(dtype or ("auto" if weights in FORMATS else "float32"), target)
-    parts = loaded_bytes(load_config(path), weights, compute_bytes=computes_in.itemsize)
-    change = "keep them in fewer bits with --weights int4"
-    if weights == "int4":
-        change = "take a smaller model, or a machine with more memory: abyssal plan --serve says what it needs"
-    elif weights == "master":
-        change = "take a smaller model, or a machine with more memory"
+    config, limit = load_config(path), device_limit(target)
+    parts = loaded_bytes(config, weights, compute_bytes=computes_in.itemsize)
+    in_few_bits = sum(loaded_bytes(config, "int4", compute_bytes=2).values())
+    change = "take a smaller model or more memory: `abyssal plan` says what a machine can serve"
+    if weights not in ("int4", "master") and in_few_bits <= limit.limit_bytes:
+        change = f"keep them in fewer bits, {bytes_text(in_few_bits)} with --weights int4"
     warning = refuse_beyond(
-        device_limit(target), sum(parts.values()), what=str(path), parts=parts, change=change, override="--no-refuse"
+        limit, sum(parts.values()), what=str(path), parts=parts, change=change, override="--no-refuse"
     )
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
