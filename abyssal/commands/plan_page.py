@@ -152,16 +152,22 @@ def time_section(plan: RecipePlan) -> Markup:
         row_height=34,
     )  # fmt: skip
     drawn = Markup('<figure class="full">{}</figure>').format(Markup(chart))
-    if len(plan.stages) > 1:
+    kinds: dict[tuple[str, ...], list[StagePlan]] = {}  # stages whose steps have the same parts share a picture
+    for stage in plan.stages if len(plan.stages) > 1 else ():
+        kinds.setdefault(tuple(stage.step_seconds_by_part), []).append(stage)
+    for stages in kinds.values():
         shares = [
             PartRow(
                 stage.stage,
                 {name: value / stage.step_seconds for name, value in stage.step_seconds_by_part.items()},
                 seconds_text(stage.step_seconds),
             )
-            for stage in plan.stages
+            for stage in stages
         ]
-        every = part_bars(shares, title="Every stage’s step, as shares of it", text=percent_text, ticks=False)
+        kind = "that trains" if stages[0].mfu is not None else "that draws answers and learns from them"
+        if stages[0].training is None:
+            kind = "that only draws answers"
+        every = part_bars(shares, title=f"A step {kind}, as shares of it", text=percent_text, ticks=False)
         drawn += Markup('<figure class="full">{}</figure>').format(Markup(every))
     most = "; ".join(said for said in (longest.bottleneck, longest.advice) if said)
     note = Markup('<p class="note">A step of {} takes {}. Most of it: {}.</p>').format(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 from abyssal.model.config import ModelConfig
 from abyssal.plan.answer_lengths import AnswerLengths
@@ -25,6 +24,7 @@ from abyssal.stages.planned_work import DType, assumed_means, base_config, is_on
 from abyssal.stages.recipe import Recipe, TracedSftConfig
 from abyssal.stages.rl import RlConfig
 
+LESS_MEMORY = "fewer answers at once, shorter ones or fewer rows_per_pass need less memory"
 TRACED_AT_ONCE = 256  # answers; see sample_traces
 SHORTEST = 512  # tokens of a micro-batch, below which cutting it further helps nobody
 OURS_TO_A_ROLLOUT = 8192  # answers of a rollout that draws traces on a cluster, as many as R1's
@@ -127,7 +127,7 @@ def of_rl(
         memory_bytes_by_part=(parts_of(fullest, "_bytes") | beyond,),
         memory_limit_bytes=plan.memory_limit_bytes,
         bottleneck=plan.bottleneck,
-        advice=training.advice or "fewer answers at once, shorter answers or fewer rows_per_pass need less memory",
+        advice="" if plan.fits else training.advice or LESS_MEMORY,
         training=training,
         answer_tokens=work.lengths.mean_tokens,
         assumed=assumed,
@@ -210,7 +210,7 @@ def tracing(
         memory_bytes_by_part=(memory,),
         memory_limit_bytes=limit,
         bottleneck=bottleneck,
-        advice="shorter answers need less memory",
+        advice="" if sum(memory.values()) <= limit else "shorter answers need less memory",
         assumed=assumed,
     )
 
@@ -238,10 +238,7 @@ def distilling_on_policy(recipe: Recipe, machine: MachineSpec, stage: str) -> It
     )  # fmt: skip
     plan = drawn_and_learned(recipe, machine, recipe.student, work, training, config.dtype)
     scored = FORWARD_SHARE * work.trained_tokens * teacher.step.compute_seconds / teacher.tokens_per_step
-    yield replace(
-        of_rl(
-            plan, training, machine, stage=stage, n_steps=config.steps, assumed=assumed_means(recipe, stage),
-            more_seconds={"teacher": scored},
-        ),
-        advice="fewer problems at once or fewer rows_per_pass need less memory",
+    yield of_rl(
+        plan, training, machine, stage=stage, n_steps=config.steps, assumed=assumed_means(recipe, stage),
+        more_seconds={"teacher": scored},
     )  # fmt: skip
