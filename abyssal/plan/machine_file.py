@@ -93,7 +93,7 @@ class MachineSpec:
     communication_share: Sourced  # of the compute units, taken by communication that overlaps with computing
     engine_gemm: tuple[GemmPoint, ...] = ()  # of the engine's own kernels (engine/native.py), where they were measured
     runtime_bytes: Sourced | None = None  # what libraries take for themselves once they compute
-    allocator_share: Sourced | None = None  # memory taken from the system for each byte of tensors, holes included
+    allocator_share: Sourced | None = None  # memory taken for each byte of tensors that come and go, holes included
     intra_node: Link | None = None
     inter_node: Link | None = None
     host: Host | None = None
@@ -172,10 +172,12 @@ class MachineSpec:
         """Seconds of a pass that reads and writes so many bytes together."""
         return n_bytes / self.memory_bytes_per_second.value
 
-    def resident_bytes(self, tensor_bytes: float) -> float:
-        """What the system shows of a process above its import, for tensors of so many bytes at once."""
+    def resident_bytes(self, *, lasting_bytes: float, passing_bytes: float = 0.0) -> float:
+        """What the system shows of a process above its import: for tensors that are made once, and for those that come
+        and go with every step, which leave holes."""
         runtime = 0.0 if self.runtime_bytes is None else self.runtime_bytes.value
-        return runtime + tensor_bytes * (1.0 if self.allocator_share is None else self.allocator_share.value)
+        holes = 1.0 if self.allocator_share is None else self.allocator_share.value
+        return runtime + lasting_bytes + holes * passing_bytes
 
     def _ideal_seconds(self, precision: Precision, shape: tuple[int, int, int, int]) -> float:
         """The longer of computing at the peak and of moving both operands in and the product out."""

@@ -1,9 +1,9 @@
 """The machine that this runs on, measured: `abyssal plan --measure` writes its TOML by microbenchmarks of a minute.
 
 Owns what is timed and how; each figure is the median of a few runs of one small operation, never of a model. Products
-take operands in turn from a pool that no cache holds, as a training step's come from memory, and are timed forward and
-as gradients, in the layouts that backward has. With one thread the clock is the processor's own, which other processes
-hardly lengthen; with more it is the wall's. Imports torch, so nothing else of `plan` imports this.
+take weights in turn from a pool that no cache holds and inputs that were just written, as a model's do. With one thread
+the clock is the processor's own, which other processes hardly lengthen; with more it is the wall's. Imports torch, so
+nothing else of `plan` imports this.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import itertools
 import math
 import os
 import platform
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -29,20 +28,22 @@ from abyssal.machine import compute_dtype, keep_freed_memory, resolve_device, se
 from abyssal.model.attention import attend, core_dtype
 from abyssal.model.config import ModelConfig
 from abyssal.model.transformer import Transformer
-from abyssal.optim.adamw import AdamW
 from abyssal.plan.machine_file import GemmPoint, MachineSpec, Precision, Sourced, machine_toml
-from abyssal.plan.memory_limit import memory_limit, resident_bytes
+from abyssal.plan.measure_memory import allocator_share, runtime_bytes
+from abyssal.plan.memory_limit import memory_limit
 
 SIZES = (16, 48, 144, 432, 1296, 3888)  # of products, in steps of three
 FEW_ROWS = (1, 4)
 GROUPS = 8
-MOST_FLOPS = 1.5e9  # of one product on a CPU; a GPU gets a hundred times as much
+MOST_FLOPS = 1.5e9  # of one product on a CPU
 ROUND_FLOPS = 1e8  # of the products in one go through the pool
 LEAST_SECONDS = 4e-3  # of a timed row of calls
 POOL_BYTES = 48e6  # operands taken in turn: more than the last cache of most CPUs holds
 ENGINE_ROWS = (1, 2, 4, 8, 16, 64)
 ENGINE_SHAPES = ((96, 768, 1), (192, 1536, 40), (384, 3072, 10), (768, 12288, 2))  # inner, outer, how many in turn
-ATTENTION = (2, 320, 6, 56, 40)  # rows, tokens, heads, key width, value width
+GPU_TIMES, GPU_POOL_TIMES = 100, 20  # as much work, and as much memory, for a GPU
+ATTENTION = (4, 288, 6, 60, 44)  # rows, tokens, heads, key width, value width
+GPU_ATTENTION = (2, 4096, 16, 192, 128)
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -69,10 +70,12 @@ class Bench:
 
     @cached_property
     def pool(self) -> Tensor:
-        return torch.rand(int(POOL_BYTES) // 4, device=self.device) - 0.5
+        n_bytes = POOL_BYTES * (GPU_POOL_TIMES if self.is_gpu else 1)
+        return torch.rand(int(n_bytes) // 4, device=self.device) - 0.5
 
     def machine(self) -> MachineSpec:
-        runtime = self.runtime_bytes()  # before anything else is computed
+        # before anything else is computed: a heap with holes of earlier work would take in what is asked for
+        runtime, allocator = (0.0, 1.0) if self.is_gpu else (runtime_bytes(), allocator_share())
         per_operation, per_call = self.operation_seconds(), self.call_seconds()
         passes = self.memory_bytes_per_second()
         forward, backward = self.attention_flops_per_second()
@@ -99,51 +102,8 @@ class Bench:
             seconds_per_operation=self.sourced(per_operation),
             communication_share=Sourced(value=0.0, source="one device"),
             runtime_bytes=None if self.is_gpu else self.sourced(runtime),
-            allocator_share=None if self.is_gpu else self.sourced(self.allocator_share()),
+            allocator_share=None if self.is_gpu else self.sourced(allocator),
         )
-
-    def runtime_bytes(self) -> float:
-        """What one small step through a model's kinds of operations leaves behind: pages of libraries, their tables."""
-        before = resident_bytes()
-        x, weight = torch.randn(16, 32, requires_grad=True), torch.randn(4, 32, 32, requires_grad=True)
-        ends = torch.tensor([4, 8, 12, 16], dtype=torch.int32)
-        y = grouped_matmul(F.rms_norm(F.linear(x, weight[0]), (32,)), weight, ends)
-        q = y.view(2, 8, 2, 16)
-        core = core_dtype(q)
-        out = attend(q.to(core), q.to(core), q.to(core), None, scale=0.25, core=core)
-        chosen = out.float().flatten(1).topk(4).indices
-        loss = F.cross_entropy(F.silu(out.float().flatten(0, 2)), chosen.new_zeros(32))
-        (loss + y.sigmoid().sort().values.sum()).backward()
-        parameters = [p for p in (x, weight) if p.grad is not None]
-        AdamW(parameters, lr=1e-3).step()
-        return max(1.0, float(resident_bytes() - before))
-
-    def allocator_share(self) -> float:
-        """Memory taken for each byte asked for, by a step's pattern: tensors of unlike sizes are kept one behind the
-        other with short-lived ones between them, and given back from behind while gradients come and go."""
-        sizes = random.Random(0)
-        numbers = [int(4e5 * sizes.choice((1, 1, 1, 2, 2, 3, 4)) * sizes.uniform(0.2, 1)) for _ in range(60)]
-        before, asked = resident_bytes(), 0
-        for _ in range(3):
-            kept, held, highest = [], 0, 0
-            for n in numbers:
-                short_lived, lasting = torch.ones(n), torch.ones(n)
-                del short_lived
-                beside, another = torch.ones(n // 2), torch.ones(n)
-                del beside
-                kept += [lasting, another]
-                held += 8 * n
-                highest = max(highest, held + 2 * n)
-            gradients = [torch.ones(numbers[-1])]
-            while kept:
-                last = kept.pop()
-                short_lived, following = torch.ones(len(last)), torch.ones(len(last))
-                highest = max(highest, held + 8 * len(last))
-                held -= 4 * len(last)
-                gradients[0] = following
-                del short_lived, last
-            asked = max(asked, highest)
-        return max(1.0, (resident_bytes() - before) / asked)
 
     def sourced(self, value: float) -> Sourced:
         return Sourced(value=rounded(value), source=self.source)
@@ -202,8 +162,8 @@ class Bench:
         return self.seconds(calls) / 20
 
     def memory_bytes_per_second(self) -> float:
-        """Of the kinds of pass that a block makes, over tensors of a few MB that come in turn: bytes read and written
-        in all, so that the slow kinds count by their time."""
+        """Of the kinds of pass that a training step makes, over tensors of a few MB that come in turn: bytes read and
+        written in all, so that the slow kinds count by their time."""
         n, width = (4096, 1024) if self.is_gpu else (2048, 320)
         tensors = self.operands("float32", (n, width))
         weight = torch.ones(width, device=self.device)
@@ -226,13 +186,19 @@ class Bench:
             (2 * size, lambda: x().view(n // 64, 64, 8, -1).transpose(1, 2).contiguous()),
             (4 * size, lambda: torch.cat((x(), x()), dim=-1)),
             (2 * size, lambda: x().index_select(0, order)),
+            (3 * size, lambda: x().index_add(0, order, x())),
+            (3 * size, lambda: x().double()),
+            (1 * size, lambda: x().sum(0)),
+            (2 * size, lambda: x() / 3.0),
+            (2 * size, lambda: x().log_softmax(-1)),
+            (3 * size, lambda: torch.ops.aten._log_softmax_backward_data(x(), x(), -1, torch.float32)),
         ]
         order = torch.randperm(n, device=self.device)
         return sum(n_bytes for n_bytes, _ in passes) / sum(self.seconds(work) for _, work in passes)
 
     def attention_flops_per_second(self) -> tuple[float, float]:
         """(forward, backward) of a causal core, in FLOP of its lower half, as a layer of training calls it."""
-        rows, tokens, heads, key, value = ATTENTION
+        rows, tokens, heads, key, value = GPU_ATTENTION if self.is_gpu else ATTENTION
         core = core_dtype(torch.empty(0, dtype=compute_dtype("auto", self.device), device=self.device))
         q, k, v = (
             torch.randn(rows, tokens, heads, width, device=self.device, dtype=core, requires_grad=True)
@@ -246,8 +212,8 @@ class Bench:
             torch.autograd.grad(forward().sum(), (q, k, v))
 
         pairs = rows * tokens * (tokens + 1) / 2
-        forward_seconds = self.seconds(forward)
-        backward_seconds = max(self.seconds(both) - forward_seconds, 1e-9)
+        forward_seconds = self.seconds(forward, repeats=9)
+        backward_seconds = max(self.seconds(both, repeats=9) - forward_seconds, 1e-9)
         return (
             2 * pairs * heads * (key + value) / forward_seconds,
             2 * pairs * heads * (3 * key + 2 * value) / backward_seconds,
@@ -255,7 +221,7 @@ class Bench:
 
     def points(self, per_call: float) -> Iterator[GemmPoint]:
         """Products of every size, dense and grouped, in each precision that the machine computes in."""
-        most = MOST_FLOPS * (100 if self.is_gpu else 1)
+        most = MOST_FLOPS * (GPU_TIMES if self.is_gpu else 1)
         precisions: list[Precision] = ["float32"]
         if compute_dtype("auto", self.device) == torch.bfloat16:
             precisions.append("bfloat16")
@@ -286,7 +252,7 @@ class Bench:
         )  # fmt: skip
 
     def product_seconds(self, precision: Precision, rows: int, inner: int, outer: int) -> float:
-        inputs, weights = self.operands(precision, (rows, inner)), self.operands(precision, (outer, inner))
+        inputs, weights = self.operands(precision, (rows, inner))[:2], self.operands(precision, (outer, inner))
         n = self.in_a_round(len(inputs), len(weights), 2.0 * rows * inner * outer)
 
         def work() -> None:
@@ -296,7 +262,7 @@ class Bench:
         return self.seconds(work, repeats=3) / n
 
     def grouped_seconds(self, precision: Precision, rows: int, inner: int, outer: int) -> float:
-        inputs = self.operands(precision, (GROUPS * rows, inner))
+        inputs = self.operands(precision, (GROUPS * rows, inner))[:2]
         weights = self.operands(precision, (GROUPS, outer, inner))
         ends = (torch.arange(1, GROUPS + 1, device=self.device) * rows).to(torch.int32)
         n = self.in_a_round(len(inputs), len(weights), 2.0 * GROUPS * rows * inner * outer)
@@ -335,7 +301,7 @@ class Bench:
         return [head for head in found if head is not None] or None
 
     def in_a_round(self, n_inputs: int, n_weights: int, flops: float) -> int:
-        most = ROUND_FLOPS * (100 if self.is_gpu else 1)
+        most = ROUND_FLOPS * (GPU_TIMES if self.is_gpu else 1)
         return max(1, min(max(n_inputs, n_weights), math.ceil(most / flops)))
 
     def operands(self, precision: Precision, shape: tuple[int, ...]) -> list[Tensor]:

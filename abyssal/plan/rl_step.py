@@ -156,6 +156,9 @@ def plan_rl(
     if rollout is None:
         seconds, tail, drawing_bytes = _own_rollout(config, machine=machine, work=work, precision=precision)
         reference_bytes = served_weights(config, form=weight_form("float32"), with_drafts=True).total_bytes
+        # it computes while the policy's activations wait for backward, and holds a layer's own at a time
+        layers = config.num_hidden_layers + config.num_nextn_predict_layers
+        reference_bytes += max(rank.activations_bytes for rank in training.memory) / layers
         memory = training.peak_memory_bytes + drawing_bytes + (reference_bytes if work.has_reference else 0.0)
         n_devices = 1
     else:
