@@ -57,6 +57,7 @@ def test_what_is_off_is_not_planned():
     on = replace(recipe, on_policy=replace(recipe.on_policy, steps=10))
     (stage,) = plan_of(on, "on_policy").stages
     assert stage.n_steps == 10 and stage.step_seconds_by_part["teacher"] > 0
+    assert stage.memory_bytes_by_part[0]["teacher"] > 4 * 402_159_712  # of one_gpu's model in FP32, MTP beside it
 
 
 def plan_of(recipe: Recipe, *stages: str) -> RecipePlan:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from abyssal.model.config import ModelConfig
 from abyssal.plan.answer_lengths import AnswerLengths
 from abyssal.plan.generation import plan_generation
+from abyssal.plan.loaded_weights import loaded_bytes
 from abyssal.plan.machine_file import MachineSpec, Precision
 from abyssal.plan.rl_step import FORWARD_SHARE, RlPlan, RlWork, plan_rl
 from abyssal.plan.serving import ServingConfig
@@ -110,6 +111,7 @@ def of_rl(
     n_steps: float,
     assumed: tuple[str, ...],
     more_seconds: dict[str, float] | None = None,
+    more_bytes: dict[str, float] | None = None,
 ) -> StagePlan:
     """Memory is training's fullest rank, and what drawing and the reference need beyond it."""
     work = plan.work
@@ -124,7 +126,7 @@ def of_rl(
         n_devices=plan.n_devices,
         price_usd_per_device_hour=plan.price_usd_per_device_hour,
         step_seconds_by_part=seconds | (more_seconds or {}),
-        memory_bytes_by_part=(parts_of(fullest, "_bytes") | beyond,),
+        memory_bytes_by_part=(parts_of(fullest, "_bytes") | beyond | (more_bytes or {}),),
         memory_limit_bytes=plan.memory_limit_bytes,
         bottleneck=plan.bottleneck,
         advice="" if plan.fits else training.advice or LESS_MEMORY,
@@ -238,7 +240,8 @@ def distilling_on_policy(recipe: Recipe, machine: MachineSpec, stage: str) -> It
     )  # fmt: skip
     plan = drawn_and_learned(recipe, machine, recipe.student, work, training, config.dtype)
     scored = FORWARD_SHARE * work.trained_tokens * teacher.step.compute_seconds / teacher.tokens_per_step
+    held = sum(loaded_bytes(base_config(recipe), "master", compute_bytes=4).values())
     yield of_rl(
         plan, training, machine, stage=stage, n_steps=config.steps, assumed=assumed_means(recipe, stage),
-        more_seconds={"teacher": scored},
+        more_seconds={"teacher": scored}, more_bytes={"teacher": held} if is_one_device(recipe, machine) else None,
     )  # fmt: skip
