@@ -11,11 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from abyssal.plan.machine_file import read_machine
+from abyssal.plan.machine_file import Sourced, read_machine
 from abyssal.plan.memory_limit import MemoryLimit
 from abyssal.plan.stage_plan import StagePlan
 from abyssal.record import amend_last
-from abyssal.stages.beside_plan import Forecast, begin_measuring, forecast, peak_above, say_beside
+from abyssal.stages.beside_plan import Forecast, begin_measuring, forecast, peak_above, process_bytes, say_beside
 from abyssal.stages.machine_here import MachineHere, built_in, machine_here, measured_file
 from abyssal.stages.recipe import read_recipe, with_precision
 
@@ -41,7 +41,8 @@ def planned(stage: str, *, step_seconds: float, memory_bytes: float) -> StagePla
 
 def foreseen(*plans: StagePlan) -> Forecast:
     limit = MemoryLimit(10**9, 10**9, "RAM")
-    here = MachineHere(read_machine("laptop"), limit, "with machines/laptop.toml")
+    exact = replace(read_machine("laptop"), runtime_bytes=None, allocator_share=None)
+    here = MachineHere(exact, limit, "with machines/laptop.toml")
     return Forecast({plan.stage: plan for plan in plans}, {}, here)
 
 
@@ -93,6 +94,19 @@ def test_answers_of_another_length_than_planned_are_said(tmp_path: Path):
     plan = replace(planned("zero", step_seconds=1.0, memory_bytes=1e6), answer_tokens=10.0)
     say_beside(foreseen(plan), "zero", tmp_path, memory_bytes=0, console=console)
     assert "answers of 12 tokens, planned 10; with" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_libraries_and_holes_are_part_of_what_the_system_shows():
+    """100 MB of weights that last and 50 MB of activations that come and go: 20 MB of libraries, a fifth of holes."""
+    plan = replace(
+        planned("pretrain", step_seconds=1.0, memory_bytes=0.0),
+        memory_bytes_by_part=({"weights": 100e6, "activations": 50e6},),
+    )
+    of_test = {
+        name: Sourced(value=value, source="the test")
+        for name, value in (("runtime_bytes", 20e6), ("allocator_share", 1.2))
+    }
+    assert process_bytes(plan, replace(read_machine("laptop"), **of_test)) == pytest.approx(180e6)
 
 
 def test_amending_twice_leaves_one_pair_and_the_other_lines_as_they_were(tmp_path: Path):

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from abyssal.machine import return_freed_memory
 from abyssal.plan.in_words import bytes_text, deviation_text, seconds_text
+from abyssal.plan.machine_file import MachineSpec
 from abyssal.plan.memory_limit import forget_peak, resident_bytes
 from abyssal.plan.refuse import refuse_beyond
 from abyssal.plan.stage_plan import StagePlan
@@ -23,6 +24,8 @@ from abyssal.record import amend_last, read_steps, seconds_of_work
 from abyssal.stages.machine_here import MachineHere, machine_here
 from abyssal.stages.plan_recipe import PLANNERS
 from abyssal.stages.recipe import Recipe
+
+PASSING = ("gradients", "activations", "temporary")  # parts of memory that come and go with every step
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def say_beside(forecast: Forecast, stage: str, directory: Path, *, memory_bytes:
     Memory is the whole stage's peak, so it stands beside the fullest of its parts.
     """
     plans = forecast.of_stage(stage)
-    fullest = max((plan.peak_memory_bytes for plan in plans), default=0.0)
+    fullest = max((process_bytes(plan, forecast.here.spec) for plan in plans), default=0.0)
     for plan in plans:
         path = directory / plan.stage / "metrics.jsonl"
         steps = read_steps(path)
@@ -107,6 +110,15 @@ def say_beside(forecast: Forecast, stage: str, directory: Path, *, memory_bytes:
             said += f"; answers of {sum(lengths) / len(lengths):.0f} tokens, planned {plan.answer_tokens:.0f}"
         amend_last(path, pair)
         console.print(f"[dim]{plan.stage}: {said}; {forecast.here.note}[/dim]", highlight=False, soft_wrap=True)
+
+
+def process_bytes(plan: StagePlan, machine: MachineSpec) -> float:
+    """What the system shows of this process for the planned tensors: libraries, and holes between those that come and
+    go with every step, as far as the machine's file has measured them."""
+    (parts,) = plan.memory_bytes_by_part
+    passing_bytes = sum(parts.get(name, 0.0) for name in PASSING)
+    lasting_bytes = plan.peak_memory_bytes - passing_bytes
+    return machine.resident_bytes(lasting_bytes=lasting_bytes, passing_bytes=passing_bytes)
 
 
 def compared(what: str, planned: float, measured: float, text: Callable[[float], str]) -> str:
