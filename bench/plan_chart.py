@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-BAR, GAP, HEIGHT, TOP, BOTTOM, LEFT = 26, 30, 190, 56, 70, 46
+BAR, GAP, HEIGHT, TOP, BOTTOM, LEFT = 26, 52, 190, 56, 70, 46
 MOST = 1.4  # of the measured value: where the axis ends
 PLANNED, MEASURED, BOUND, TEXT, LINE = "#7aa6c2", "#30475e", "#d1495b", "#222222", "#bbbbbb"
 
