@@ -168,6 +168,22 @@ def engine_table() -> list[str]:
     return lines
 
 
+def plan_table() -> list[str]:
+    """The last line of each run that was planned and then measured."""
+    rows = _latest("plan", "run")
+    if not rows:
+        return ["Not measured yet."]
+    lines = ["| run | planned, measured | off | planned, measured peak | off |", "|---|---|---:|---|---:|"]
+    for row in rows:
+        figures = []
+        for what, unit, name in (("seconds", 1e-3, "ms"), ("peak_bytes", 1e6, "MB")):
+            planned, measured = row[f"planned_{what}"], row[f"measured_{what}"]
+            off = f"{100 * planned / measured - 100:+.1f} %"
+            figures.append(f"{planned / unit:,.0f}, {measured / unit:,.0f} {name} | {off}")
+        lines.append(f"| {row['run']} | {' | '.join(figures)} |")
+    return lines
+
+
 def _latest(name: str, *keys: str) -> list[dict[str, Any]]:
     """Of lines that agree in these, the last."""
     path = RESULTS / f"{name}.jsonl"
@@ -280,6 +296,7 @@ TABLES = {
     "bench": bench_table,
     "engine": engine_table,
     "llama_cpp": llama_cpp_table,
+    "plan": plan_table,
     "grpo": grpo_table,
     "load": load_table,
     "quantize": quantize_table,
