@@ -152,6 +152,7 @@ def engine_table() -> list[str]:
     rows = _latest("engine", "dtype", "size", "what", "ours", "batch")
     if not rows:
         return ["Not measured yet."]
+    rows.sort(key=lambda row: (row["dtype"] != "float32", int(row["size"][:-1]), row["what"] != "tokens", row["batch"]))
     titles = ("what", "size", "precision", "threads", "Abyssal", "transformers", "ratio", "range of pairs")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
