@@ -11,23 +11,10 @@ from abyssal.model.presets import r1_distill_llama_8b, v2, v2_lite, v3
 from abyssal.plan.layout import Layout
 from abyssal.plan.machine_file import read_machine
 from abyssal.plan.parameters import weights
+from abyssal.plan.published_training import V3_LAYOUT
 from abyssal.plan.training import TrainingPlan, flops_per_token, plan_training
 
 H800 = read_machine("h800x2048")
-V3_LAYOUT = Layout(
-    pp=16,
-    ep=64,
-    zero=1,
-    schedule="dualpipe",
-    micro_rows=1,
-    recompute="selective",
-    precision="fp8",
-    weights="bfloat16",
-    moments="bfloat16",
-    overlap_expert_communication=True,
-    overlap_gradient_communication=False,
-    kernels="fused",
-)
 DENSE = r1_distill_llama_8b()
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_schedules import pipelines
+from test_schedules import pipelines, rank_of
 
 from abyssal.plan.schedules import Work, build_schedule
 from abyssal.plan.simulate import StageSeconds, Timeline, run_schedule, simulate, slot_cost
@@ -151,7 +151,7 @@ def test_nothing_starts_before_its_input_is_there(line: Timeline):
 
     def there(kind: str, m: int, stage: int, rank: int) -> float:
         """When what came out of that work was on that rank."""
-        sender = line.schedule.rank_of(m, stage)
+        sender = rank_of(line.schedule, m, stage)
         if sender == rank or not line.times[stage].send_seconds:
             return ends[kind, m, stage]
         return arrivals[sender, m, stage]

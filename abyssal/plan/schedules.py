@@ -45,9 +45,6 @@ class Schedule:
     def n_stages(self) -> int:
         return len(self.stage_ranks[0])
 
-    def rank_of(self, micro_batch: int, stage: int) -> int:
-        return self.stage_ranks[micro_batch * len(self.stage_ranks) // self.n_micro_batches][stage]
-
     def most_in_flight(self, stage_weights: Sequence[float] | None = None) -> tuple[float, ...]:
         """The most activations that each rank holds at once, from a forward to the last backward that reads them: in
         micro-batches of a stage, or in what one of each stage weighs, in bytes for instance. A pair's forward makes
